@@ -1,0 +1,286 @@
+"""A real Synapse on loopback (SQLite, a free port, a temporary directory) and users on it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+SERVER_NAME = "echobot.test"
+PASSWORD = "correct horse battery staple"
+
+# Enough that no test meets a limit; a test that is about limits leaves these out.
+NO_RATE_LIMITS: dict[str, Any] = {
+    **{
+        name: {"per_second": 10_000, "burst_count": 10_000}
+        for name in ("rc_message", "rc_registration", "rc_joins_per_room", "rc_admin_redaction")
+    },
+    "rc_login": {
+        name: {"per_second": 10_000, "burst_count": 10_000}
+        for name in ("address", "account", "failed_attempts")
+    },
+    "rc_joins": {
+        name: {"per_second": 10_000, "burst_count": 10_000} for name in ("local", "remote")
+    },
+    "rc_invites": {
+        name: {"per_second": 10_000, "burst_count": 10_000}
+        for name in ("per_room", "per_user", "per_issuer")
+    },
+    "rc_room_creation": {"per_second": 10_000, "burst_count": 10_000},
+}
+
+
+def free_port() -> int:
+    """Ask the system for a port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class MatrixError(Exception):
+    """An answer of the homeserver other than 200: `status` (HTTP) and `errcode`."""
+
+    def __init__(self, status: int, answer: Any) -> None:
+        super().__init__(f"{status} {answer}")
+        self.status = status
+        self.errcode = answer.get("errcode") if isinstance(answer, dict) else None
+
+
+class User:
+    """An account on the homeserver with one access token, spoken for over plain HTTP."""
+
+    def __init__(self, homeserver: Homeserver, answer: dict[str, Any]) -> None:
+        self.homeserver = homeserver
+        self.user_id: str = answer["user_id"]
+        self.device_id: str = answer["device_id"]
+        self.access_token: str = answer["access_token"]
+        self.transaction_ids = (f"t{n}" for n in itertools.count())
+
+    async def request(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
+        """Request `/_matrix/client/v3` + path as this user; return the JSON, or raise MatrixError."""
+        return await self.homeserver.request(
+            method, path, body, access_token=self.access_token, **query
+        )
+
+    async def create_room(self, *invite: str, **options: Any) -> str:
+        """Create a room, return its ID."""
+        body = {"preset": "private_chat", "invite": invite, **options}
+        room_id: str = (await self.request("POST", "/createRoom", body))["room_id"]
+        return room_id
+
+    async def invite(self, room_id: str, user_id: str) -> None:
+        """Invite somebody into a room."""
+        await self.request("POST", f"/rooms/{quote(room_id)}/invite", {"user_id": user_id})
+
+    async def join(self, room_id: str) -> None:
+        """Join a room."""
+        await self.request("POST", f"/join/{quote(room_id)}", {})
+
+    async def send(self, room_id: str, body: str, **content: Any) -> str:
+        """Send a text message, with `content` over the ordinary one; return its event ID."""
+        return await self.send_event(
+            room_id, "m.room.message", {"msgtype": "m.text", "body": body, **content}
+        )
+
+    async def send_event(self, room_id: str, kind: str, content: Any) -> str:
+        """Send any event; return its event ID."""
+        path = f"/rooms/{quote(room_id)}/send/{kind}/{next(self.transaction_ids)}"
+        event_id: str = (await self.request("PUT", path, content))["event_id"]
+        return event_id
+
+    async def members(self, room_id: str, membership: str = "join") -> set[str]:
+        """Return the user IDs with that membership of the room."""
+        answer = await self.request(
+            "GET", f"/rooms/{quote(room_id)}/members", membership=membership
+        )
+        return {event["state_key"] for event in answer["chunk"]}
+
+    async def events(self, room_id: str, *kinds: str) -> list[dict[str, Any]]:
+        """Return the room's whole history of these event types (default: messages), oldest first."""
+        query = {
+            "dir": "f",
+            "limit": 1000,
+            "filter": json.dumps({"types": kinds or ["m.room.message"]}),
+        }
+        events: list[dict[str, Any]] = []
+        while True:
+            page = await self.request("GET", f"/rooms/{quote(room_id)}/messages", **query)
+            events += page["chunk"]
+            if "end" not in page:
+                return events
+            query["from"] = page["end"]
+
+    async def bodies(self, room_id: str, sender: str) -> list[str]:
+        """Return the bodies of all messages of that sender in the room, oldest first."""
+        return [
+            event["content"].get("body", "")
+            for event in await self.events(room_id)
+            if event["sender"] == sender
+        ]
+
+    async def devices(self) -> set[str]:
+        """Return the IDs of the account's devices."""
+        return {d["device_id"] for d in (await self.request("GET", "/devices"))["devices"]}
+
+
+class Homeserver:
+    """A Synapse process and its directory; it can be stopped, killed and started again."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = (directory / "homeserver.log").open("a")
+        self.process: asyncio.subprocess.Process | None = None
+        self.http: aiohttp.ClientSession | None = None
+        self._write_configuration(settings)
+
+    def _write_configuration(self, settings: dict[str, Any]) -> None:
+        key = base64.b64encode(secrets.token_bytes(32)).decode().rstrip("=")
+        (self.directory / "signing.key").write_text(f"ed25519 a_test {key}\n")
+        configuration = {
+            "server_name": SERVER_NAME,
+            "public_baseurl": self.url,
+            "pid_file": str(self.directory / "homeserver.pid"),
+            "listeners": [
+                {
+                    "port": self.port,
+                    "bind_addresses": ["127.0.0.1"],
+                    "type": "http",
+                    "resources": [{"names": ["client"], "compress": True}],
+                }
+            ],
+            "database": {
+                "name": "sqlite3",
+                "args": {"database": str(self.directory / "homeserver.db")},
+            },
+            "signing_key_path": str(self.directory / "signing.key"),
+            "media_store_path": str(self.directory / "media"),
+            "trusted_key_servers": [],
+            "report_stats": False,
+            "enable_registration": True,
+            "enable_registration_without_verification": True,
+            "registration_shared_secret": secrets.token_hex(),
+            "macaroon_secret_key": secrets.token_hex(),
+            "form_secret": secrets.token_hex(),
+            "bcrypt_rounds": 4,
+            "suppress_key_server_warning": True,
+            "log_config": str(self.directory / "log.yaml"),
+            **settings,
+        }
+        # JSON is YAML.
+        (self.directory / "homeserver.yaml").write_text(json.dumps(configuration))
+        (self.directory / "log.yaml").write_text(
+            json.dumps(
+                {
+                    "version": 1,
+                    "handlers": {"log": {"class": "logging.StreamHandler"}},
+                    "root": {"level": "WARNING", "handlers": ["log"]},
+                }
+            )
+        )
+
+    async def start(self) -> None:
+        """Start Synapse and return once it answers; raise RuntimeError if it does not come up."""
+        self.http = self.http or aiohttp.ClientSession()
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "synapse.app.homeserver",
+            "-c",
+            str(self.directory / "homeserver.yaml"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            # Ctrl-C in a terminal is for whoever started this, who then stops it in order.
+            start_new_session=True,
+        )
+        for _ in range(1200):
+            try:
+                await self.request("GET", "/_matrix/client/versions")
+                return
+            except (OSError, aiohttp.ClientError, MatrixError):
+                if self.process.returncode is not None:
+                    break
+                await asyncio.sleep(0.05)
+        await self.kill()
+        log = (self.directory / "homeserver.log").read_text()
+        raise RuntimeError(f"Synapse did not start: {log[-2000:]}")
+
+    async def stop(self) -> None:
+        """Stop Synapse in order."""
+        await self._signal(signal.SIGTERM)
+
+    async def kill(self) -> None:
+        """Stop Synapse as a power cut would."""
+        await self._signal(signal.SIGKILL)
+
+    async def _signal(self, number: int) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.send_signal(number)
+            await self.process.wait()
+
+    async def close(self) -> None:
+        """Stop Synapse and forget the connections."""
+        await self.stop()
+        if self.http is not None:
+            await self.http.close()
+        self.log.close()
+
+    async def request(
+        self, method: str, path: str, body: Any = None, access_token: str = "", **query: Any
+    ) -> Any:
+        """Make a request; return the JSON, or raise MatrixError (other than 200), aiohttp.ClientError."""
+        assert self.http is not None
+        base = "" if path.startswith("/_") else "/_matrix/client/v3"
+        headers = {"Authorization": f"Bearer {access_token}"} if access_token else {}
+        async with self.http.request(
+            method, self.url + base + path, json=body, params=query, headers=headers
+        ) as response:
+            answer = await response.json(content_type=None)
+            if response.status != 200:
+                raise MatrixError(response.status, answer)
+            return answer
+
+    async def register(self, localpart: str, password: str = PASSWORD) -> User:
+        """Create an account and log in to it."""
+        body = {"username": localpart, "password": password, "auth": {"type": "m.login.dummy"}}
+        return User(self, await self.request("POST", "/register", body))
+
+    async def log_in(self, user_id: str, password: str = PASSWORD) -> User:
+        """Log in to an account, on a new device."""
+        body = {
+            "type": "m.login.password",
+            "identifier": {"type": "m.id.user", "user": user_id},
+            "password": password,
+        }
+        return User(self, await self.request("POST", "/login", body))
+
+
+@asynccontextmanager
+async def running_homeserver(
+    settings: dict[str, Any] | None = None, drop: Iterable[str] = ()
+) -> AsyncIterator[Homeserver]:
+    """Run a homeserver for the length of the block: no rate limits, but those of Synapse for `drop`."""
+    limits = {name: limit for name, limit in NO_RATE_LIMITS.items() if name not in drop}
+    with TemporaryDirectory(prefix="echobot-homeserver-") as directory:
+        homeserver = Homeserver(Path(directory), {**limits, **(settings or {})})
+        await homeserver.start()
+        try:
+            yield homeserver
+        finally:
+            await homeserver.close()

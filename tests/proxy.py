@@ -1,0 +1,271 @@
+"""A reverse proxy between bot and homeserver that hurts on command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+Fault = Callable[["Proxy", web.Request], Awaitable[web.StreamResponse]]
+
+# Which requests, as patterns on "METHOD /path?query".
+ALL = ""
+SYNC = r"/sync"
+POLL = r"/sync\?.*since="
+SEND = r"PUT .*/send/"
+JOIN = r"POST .*/join"
+LOGIN = r"POST .*/login"
+MESSAGES = r"/messages\?"
+
+
+@dataclass
+class Injection:
+    """A fault that is armed for requests that match a pattern, and what has come of it."""
+
+    fault: Fault
+    pattern: str
+    times: float
+    chance: float
+    random: random.Random
+    happened: int = 0
+
+    def strikes(self, request: str) -> bool:
+        """Decide whether it hits this request, and count it."""
+        if self.happened >= self.times or not re.search(self.pattern, request):
+            return False
+        if self.random.random() >= self.chance:
+            return False
+        self.happened += 1
+        return True
+
+
+class Proxy:
+    """Listens on a free port of loopback, passes on what no fault hits, and counts."""
+
+    def __init__(self, upstream: str) -> None:
+        self.upstream = upstream
+        self.url = ""
+        self.requests: list[str] = []
+        self.bytes_to_bot = 0
+        self.injections: list[Injection] = []
+        self._http: aiohttp.ClientSession | None = None
+        self._runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Start to listen."""
+        # Answers pass as they are: compressed stays compressed.
+        self._http = aiohttp.ClientSession(
+            auto_decompress=False, connector=aiohttp.TCPConnector(limit=0)
+        )
+        app = web.Application(client_max_size=2**26)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def close(self) -> None:
+        """Stop to listen and drop all connections."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._http is not None:
+            await self._http.close()
+
+    @contextmanager
+    def inject(
+        self,
+        fault: Fault,
+        pattern: str = ALL,
+        times: float = float("inf"),
+        chance: float = 1,
+        seed: int = 0,
+    ) -> Iterator[Injection]:
+        """Hit matching requests with a fault, for the length of the block; `happened` counts them."""
+        injection = Injection(fault, pattern, times, chance, random.Random(seed))
+        self.injections.append(injection)
+        try:
+            yield injection
+        finally:
+            self.injections.remove(injection)
+
+    def count(self, pattern: str) -> int:
+        """Count the requests so far that match a pattern."""
+        return sum(bool(re.search(pattern, request)) for request in self.requests)
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        name = f"{request.method} {request.raw_path}"
+        self.requests.append(name)
+        await request.read()
+        for injection in self.injections:
+            if injection.strikes(name):
+                return await injection.fault(self, request)
+        return await self.forward(request)
+
+    async def forward(self, request: web.Request, plain: bool = False) -> web.Response:
+        """Have the homeserver answer a request; `plain` asks for an answer without compression."""
+        assert self._http is not None
+        left_out = {"host", "content-length", "transfer-encoding", "connection"}
+        if plain:
+            left_out.add("accept-encoding")
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in left_out}
+        if plain:
+            headers["Accept-Encoding"] = "identity"
+        try:
+            async with self._http.request(
+                request.method,
+                self.upstream + request.raw_path,
+                data=await request.read(),
+                headers=headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=300),
+            ) as answer:
+                body = await answer.read()
+                kept = {
+                    k: v
+                    for k, v in answer.headers.items()
+                    if k.lower() in ("content-type", "content-encoding", "retry-after")
+                }
+                self.bytes_to_bot += len(body)
+                return web.Response(status=answer.status, body=body, headers=kept)
+        except (OSError, aiohttp.ClientError):
+            # The homeserver is not there: as without a proxy, the connection just ends.
+            return cut(request)
+
+
+def cut(request: web.Request) -> web.Response:
+    """Cut the connection of a request."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response()
+
+
+async def bad_gateway(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """502 with HTML, as from a reverse proxy whose homeserver restarts."""
+    html = "<html><body><h1>502 Bad Gateway</h1></body></html>"
+    return web.Response(status=502, text=html, content_type="text/html")
+
+
+async def internal_error(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """500 with Matrix's JSON."""
+    error = {"errcode": "M_UNKNOWN", "error": "Internal server error"}
+    return web.json_response(error, status=500)
+
+
+async def cut_before(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """The connection is cut before the request reaches the homeserver."""
+    return cut(request)
+
+
+async def cut_after(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """The connection is cut after the homeserver did what it was asked: the answer is lost."""
+    await proxy.forward(request)
+    return cut(request)
+
+
+async def cut_body(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """The homeserver's answer is cut in the middle of its body."""
+    answer = await proxy.forward(request)
+    whole = answer.body if isinstance(answer.body, bytes) else b""
+    half = web.StreamResponse(status=answer.status, headers=answer.headers)
+    half.content_length = len(whole)
+    await half.prepare(request)
+    await half.write(whole[: len(whole) // 2])
+    cut(request)
+    return half
+
+
+async def not_json(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """200 with something that is not JSON."""
+    return web.Response(text="<html>Please log in to the hotel's network</html>")
+
+
+async def empty_object(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """200 with {}."""
+    return web.json_response({})
+
+
+async def silence(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """The request is accepted and never answered."""
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+def rate_limited(retry_after_ms: int) -> Fault:
+    """429 with `retry_after_ms` in the body."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        error = {"errcode": "M_LIMIT_EXCEEDED", "error": "Too fast"}
+        return web.json_response({**error, "retry_after_ms": retry_after_ms}, status=429)
+
+    return fault
+
+
+def rate_limited_by_header(seconds: int) -> Fault:
+    """429 with only a `Retry-After` header."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        error = {"errcode": "M_LIMIT_EXCEEDED", "error": "Too fast"}
+        return web.json_response(error, status=429, headers={"Retry-After": str(seconds)})
+
+    return fault
+
+
+def delay(seconds: float) -> Fault:
+    """The request is passed on only after a while."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(seconds)
+        return await proxy.forward(request)
+
+    return fault
+
+
+def hold(until: asyncio.Event) -> Fault:
+    """The request is passed on only once the event is set."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        await until.wait()
+        return await proxy.forward(request)
+
+    return fault
+
+
+def answer(status: int, body: Any) -> Fault:
+    """That status and JSON instead of the homeserver's answer."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        return web.json_response(body, status=status)
+
+    return fault
+
+
+def rewrite(change: Callable[[Any], Any]) -> Fault:
+    """The homeserver's JSON, as `change` returns it; what is not 200 passes as it is."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        response = await proxy.forward(request, plain=True)
+        if response.status != 200 or not isinstance(response.body, bytes):
+            return response
+        return web.json_response(change(json.loads(response.body)))
+
+    return fault
+
+
+@asynccontextmanager
+async def running_proxy(upstream: str) -> AsyncIterator[Proxy]:
+    """Run a proxy in front of a URL for the length of the block."""
+    proxy = Proxy(upstream)
+    await proxy.start()
+    try:
+        yield proxy
+    finally:
+        await proxy.close()

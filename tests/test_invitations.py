@@ -1,0 +1,119 @@
+"""Invitations are accepted, however long that takes, and old history stays old."""
+
+from __future__ import annotations
+
+import asyncio
+
+import proxy as faults
+from bot import Bot, eventually
+from conftest import People
+from homeserver import User
+from proxy import Proxy
+
+
+async def joined(people: People, user: User, room_id: str) -> None:
+    """Wait until the bot is in the room."""
+
+    async def is_member() -> bool:
+        return people.bot_id in await user.members(room_id)
+
+    await eventually(is_member, what="the join")
+
+
+async def test_invitation_is_accepted(people: People, alice: User, bot: Bot) -> None:
+    """The bot joins, and answers what is said from then on."""
+    await bot.start()
+    await bot.ready()
+    room_id = await alice.create_room(people.bot_id)
+    await joined(people, alice, room_id)
+    await alice.send(room_id, "!replybot hello")
+    assert await people.replies(alice, room_id, 1) == ["hello"]
+
+
+async def test_invitation_before_the_first_start_is_accepted(
+    people: People, alice: User, bot: Bot
+) -> None:
+    """What was pending is accepted; what was said before the first start is not answered."""
+    room_id = await alice.create_room(people.bot_id)
+    await alice.send(room_id, "!replybot before the first start")
+    await bot.start()
+    await joined(people, alice, room_id)
+    await alice.send(room_id, "!replybot hello")
+    assert await people.replies(alice, room_id, 1) == ["hello"]
+
+
+async def test_history_from_before_the_invitation_is_not_answered(
+    people: People, alice: User, bot: Bot
+) -> None:
+    """In a room with a past, only what follows the invitation counts, also over a downtime."""
+    await bot.start()
+    await bot.ready()
+    await bot.stop()
+    room_id = await alice.create_room(preset="public_chat")
+    for n in range(30):
+        await alice.send(room_id, f"!replybot old {n}")
+    await alice.invite(room_id, people.bot_id)
+    await alice.send(room_id, "!replybot invited")
+    await bot.start()
+    await joined(people, alice, room_id)
+    await alice.send(room_id, "!replybot joined")
+    assert await people.replies(alice, room_id, 2) == ["invited", "joined"]
+
+
+async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """While a join hangs, another room is answered; after a kill the bot joins, and all is said once."""
+    room_id = await people.room_with_bot(alice)
+    await proxied_bot.start()
+    await proxied_bot.ready()
+    with proxy.inject(faults.hold(asyncio.Event()), faults.JOIN) as hanging:
+        invited = await alice.create_room(people.bot_id)
+        await alice.send(invited, "!replybot first")
+        for n in range(5):
+            await alice.send(room_id, f"!replybot {n}")
+        assert await people.replies(alice, room_id, 5) == [str(n) for n in range(5)]
+        await proxied_bot.kill()
+        assert hanging.happened
+    await proxied_bot.start()
+    await joined(people, alice, invited)
+    assert await people.replies(alice, invited, 1) == ["first"]
+    await alice.send(room_id, "!replybot last")
+    assert (await people.replies(alice, room_id, 6))[5:] == ["last"]
+
+
+async def test_pending_invitation_is_not_forgotten_by_a_kill_in_the_first_start(
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """Killed while the first join hangs, the bot joins at the next start and has lost no command."""
+    room_id = await people.room_with_bot(alice)
+    invited = await alice.create_room(people.bot_id)
+    with proxy.inject(faults.hold(asyncio.Event()), faults.JOIN) as hanging:
+        await proxied_bot.start()
+        await proxied_bot.ready()
+
+        async def hangs() -> bool:
+            return hanging.happened > 0
+
+        await eventually(hangs)
+        await proxied_bot.kill()
+    await alice.send(room_id, "!replybot meanwhile")
+    await proxied_bot.start()
+    await joined(people, alice, invited)
+    assert await people.replies(alice, room_id, 1) == ["meanwhile"]
+
+
+async def test_join_is_repeated_after_an_error(
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """A 502 and a lost answer do not cost the room."""
+    await proxied_bot.start()
+    await proxied_bot.ready()
+    with (
+        proxy.inject(faults.bad_gateway, faults.JOIN, times=1) as refused,
+        proxy.inject(faults.cut_after, faults.JOIN, times=1) as lost,
+    ):
+        room_id = await alice.create_room(people.bot_id)
+        await alice.send(room_id, "!replybot hello")
+        assert await people.replies(alice, room_id, 1) == ["hello"]
+        assert refused.happened == lost.happened == 1
