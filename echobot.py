@@ -30,7 +30,6 @@ import asyncio
 import contextlib
 import fcntl
 import fnmatch
-import ipaddress
 import itertools
 import json
 import logging
@@ -97,7 +96,7 @@ USED: dict[str, Any] = {
 NO_ANSWER = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
 
 Call = Callable[[], Awaitable[Any]]
-Rule = Callable[["Failure", int], bool]
+Rule = Callable[["Failure"], bool]
 Tasks = list["asyncio.Task[None]"]
 Batches = asyncio.Queue[tuple[str, Tasks]]  # (next_batch, what must be done before it is saved)
 
@@ -136,7 +135,7 @@ def main() -> int:
 
 
 class Exit(Exception):
-    """The bot cannot run: `status` is the exit status, the text says what is wrong and what to do."""
+    """The bot can't run: `status` is the exit status, the text what is wrong and what to do."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -149,18 +148,19 @@ async def run(settings: Settings) -> None:
     homeserver = Homeserver(settings)
     polling = asyncio.create_task(poll(homeserver, batches))
     saving = asyncio.create_task(save_in_order(batches, settings.state_directory))
-    watching = asyncio.create_task(feed_watchdog(homeserver))
+    watchdog = asyncio.create_task(feed_watchdog(homeserver))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, polling.cancel)
     try:
-        await asyncio.wait({polling, saving, watching}, return_when=asyncio.FIRST_COMPLETED)
+        ended, _ = await asyncio.wait({polling, saving}, return_when=asyncio.FIRST_COMPLETED)
         notify("STOPPING=1")
-        for task in (polling, saving, watching):
-            if task.done() and not task.cancelled():
-                task.result()  # It never ends by itself: this raises why it did.
+        for task in ended:
+            if not task.cancelled():
+                task.result()  # Neither returns: this raises what ended it.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(batches.join(), SHUTDOWN_GRACE)
     finally:
+        watchdog.cancel()
         await homeserver.client.close()
 
 
@@ -277,11 +277,9 @@ async def answer(homeserver: Homeserver, room_id: str, event: Event) -> None:
         content = text_content(body, event)
     except Exception as error:
         # Not its text, which may quote the message.
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == __file__
-        ]
-        kind = type(error).__name__
-        log.error("reply_to failed for %s: %s in line %s", event.event_id, kind, lines[-1])
+        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__} at {Path(file).name}:{line}"
+        log.error("reply_to failed for %s in %s: %s", event.event_id, room_id, where)
         return
     if await send(homeserver, room_id, content, event.event_id):
         homeserver.answered += 1
@@ -342,13 +340,14 @@ async def send(homeserver: Homeserver, room_id: str, content: dict[str, Any], tx
 class Failure(Exception):
     """A request that brought no success; the text says why, and never quotes a message.
 
-    `status`: HTTP status, 0 if there was no answer. `errcode`: the homeserver's, "" if it gave none.
-    `retry_after`: how long it asks to wait in s, 0 if it does not.
+    `status`: HTTP status, 0 without an answer. `errcode`: the homeserver's, "" if it gave none.
+    `retry_after`: how long it asks to wait in s, 0 if it does not. `attempts`: tried how often.
     """
 
     def __init__(self, cause: str, status: int = 0, errcode: str = "", retry_after: float = 0):
         super().__init__(cause)
         self.status, self.errcode, self.retry_after = status, errcode, retry_after
+        self.attempts = 1
 
 
 class Homeserver:
@@ -374,7 +373,7 @@ class Homeserver:
         """Find the homeserver, then restore the session or log in; raise Exit if it is refused."""
         settings, directory = self.settings, self.settings.state_directory
         url = settings.homeserver or await self.discover()
-        if url.startswith("http:") and not is_loopback(urlsplit(url).hostname or ""):
+        if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
             log.warning("%s is not encrypted: anybody on the way can read the password", url)
         self.client = open_client(url, settings.user)
         session = load_session(directory)
@@ -458,7 +457,7 @@ class Homeserver:
     async def sync(self, since: str | None, sync_filter: Any) -> SyncResponse:
         """Return the next sync answer; raise Failure if the homeserver refuses `since`."""
 
-        def refuses_since(failure: Failure, attempt: int) -> bool:
+        def refuses_since(failure: Failure) -> bool:
             return since is not None and failure.status == 400 and is_refused(failure)
 
         call = partial(self.client.sync, self.hold, sync_filter, since)
@@ -477,10 +476,13 @@ class Homeserver:
         try:
             for attempt in itertools.count():
                 token = self.session.access_token
+                if vital:
+                    self.alive_until = time.monotonic() + 2 * REQUEST_TIMEOUT
                 try:
                     return await respond(call)
                 except Failure as failure:
-                    if (is_final or is_refused)(failure, attempt):
+                    failure.attempts = attempt + 1
+                    if (is_final or is_refused)(failure):
                         raise
                     if failure.status == 401 and failure.errcode:
                         await self.log_in(token)
@@ -494,6 +496,7 @@ class Homeserver:
                     elif now - max(started, self.last_vital_failure) > PATIENCE:
                         raise
                     wait = failure.retry_after or backoff(attempt)
+                    self.alive_until += wait
                     await asyncio.sleep(wait)
         finally:
             self.note_end_of_trouble()
@@ -538,16 +541,16 @@ async def respond(call: Call) -> Any:
     raise Failure(cause, transport.status, errcode, min(wait, MAX_RETRY_AFTER))
 
 
-def is_refused(failure: Failure, attempt: int = 0) -> bool:
+def is_refused(failure: Failure) -> bool:
     """Tell whether the homeserver, not something on the way to it, refuses a request for good."""
     temporary = failure.status in (401, 429)
     return 400 <= failure.status < 500 and not temporary and bool(failure.errcode)
 
 
-def is_definite(failure: Failure, attempt: int) -> bool:
+def is_definite(failure: Failure) -> bool:
     """Tell whether a request at the start was answered for good, by a homeserver or not."""
     answered = 200 <= failure.status < 500 and failure.status != 429
-    return answered and bool(failure.errcode or failure.status == 404 or attempt >= 4)
+    return answered and bool(failure.errcode or failure.status == 404 or failure.attempts >= 5)
 
 
 def backoff(attempt: int) -> float:
@@ -623,14 +626,6 @@ def open_client(homeserver: str, user: str = "") -> Client:
     return client
 
 
-def is_loopback(hostname: str) -> bool:
-    """Tell whether a host name stands for this machine."""
-    try:
-        return ipaddress.ip_address(hostname).is_loopback
-    except ValueError:
-        return hostname == "localhost"
-
-
 @dataclass(frozen=True)
 class Session:
     """What session.json holds: where we are logged in, and as whom."""
@@ -671,15 +666,14 @@ def save_session(directory: Path, session: Session) -> None:
 def load_next_batch(directory: Path) -> str | None:
     """Return the sync token that was saved in a state directory, None if there is none."""
     try:
-        token = (directory / "next_batch").read_bytes().decode("ascii").strip()
+        next_batch = (directory / "next_batch").read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
-        token = ""
-    if not re.fullmatch(r"[!-~]+", token):
-        log.error("next_batch in %s is no sync token: starting from now instead", directory)
-        return None
-    return token
+    except OSError as error:
+        raise Exit(78, f"can't read next_batch in {directory} ({error.strerror})") from None
+    if not next_batch:
+        log.error("next_batch in %s is empty: starting from now instead", directory)
+    return next_batch or None
 
 
 async def save_in_order(batches: Batches, directory: Path) -> None:
@@ -720,9 +714,10 @@ def locked(directory: Path) -> Iterator[None]:
     """Hold a state directory for this process alone; raise Exit if that is not possible."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        os.close(os.open(directory / "next_batch.tmp", os.O_WRONLY | os.O_CREAT, 0o600))
     except OSError as error:
-        problem = f"the state directory {directory} is not usable ({error.strerror})"
-        raise Exit(78, f"{problem}: set STATE_DIRECTORY to one that is") from None
+        problem = f"can't write to the state directory {directory} ({error.strerror})"
+        raise Exit(78, f"{problem}: set STATE_DIRECTORY to one that is writable") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -803,20 +798,19 @@ def notify(state: str) -> None:
     """Tell systemd the state of the service, if it asked for it (see sd_notify(3))."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-            with contextlib.suppress(OSError):
-                systemd.connect("\0" + address[1:] if address[0] == "@" else address)
-                systemd.send(state.encode())
+        name = "\0" + address[1:] if address.startswith("@") else address
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        with socket.socket(socket.AF_UNIX, kind) as systemd, contextlib.suppress(OSError):
+            systemd.sendto(state.encode(), name)
 
 
 async def feed_watchdog(homeserver: Homeserver) -> None:
-    """Tell systemd's watchdog that the bot is alive, as long as its polls go on."""
+    """Tell systemd's watchdog that the bot is alive, for as long as its polls go on."""
     interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
     while interval:
         if time.monotonic() < homeserver.alive_until:
             notify("WATCHDOG=1")
         await asyncio.sleep(interval)
-    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
