@@ -357,6 +357,7 @@ class Homeserver:
         self.settings = settings
         self.client = Client("")
         self.session = Session("", "", "", "")
+        self.is_new_account = False
         # Synapse repeats an answer for two minutes to whoever asks with the same parameters, though
         # messages may have been redacted: so each process asks with others.
         self.hold = SYNC_TIMEOUT - random.randrange(1000)
@@ -370,21 +371,24 @@ class Homeserver:
         self.causes: set[str] = set()
 
     async def connect(self) -> None:
-        """Find the homeserver, then restore the session or log in; raise Exit if it is refused."""
-        settings, directory = self.settings, self.settings.state_directory
-        url = settings.homeserver or await self.discover()
+        """Restore the session or log in; raise Exit if that is refused."""
+        settings = self.settings
+        stored = load_session(settings.state_directory)
+        if stored and stored.belongs_to(settings.user, settings.homeserver):
+            self.session = stored
+        else:
+            # The device ID is ours and saved first: a crash amid the login costs no other device.
+            url = settings.homeserver or await self.discover()
+            self.session = Session(url, settings.user, secrets.token_hex(5).upper(), "")
+            self.is_new_account = stored is not None
+            if stored:
+                log.warning("Not using the state of %s at %s", stored.user_id, stored.homeserver)
+            else:
+                self.save_session()
+        url = self.session.homeserver
         if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
             log.warning("%s is not encrypted: anybody on the way can read the password", url)
         self.client = open_client(url, settings.user)
-        session = load_session(directory)
-        if session and not session.belongs_to(settings.user, url):
-            log.warning("Not using the state of %s at %s", session.user_id, session.homeserver)
-            (directory / "next_batch").unlink(missing_ok=True)
-            session = None
-        # A new device's ID is ours and saved first: a crash amid the login costs no other device.
-        self.session = session or Session(url, settings.user, secrets.token_hex(5).upper(), "")
-        if not session:
-            save_session(directory, self.session)
         if settings.access_token:
             await self.use_access_token()
         elif not self.session.access_token:
@@ -411,12 +415,11 @@ class Homeserver:
     async def use_access_token(self) -> None:
         """Take MATRIX_ACCESS_TOKEN for the session; raise Exit if it is refused or another's."""
         token = self.client.access_token = self.settings.access_token
-        self.session = replace(self.session, access_token=token)
         owner = await self.authenticate(self.client.whoami, "MATRIX_ACCESS_TOKEN")
-        device_id = owner.device_id or ""
-        self.session = replace(self.session, user_id=owner.user_id, device_id=device_id)
-        if not self.session.belongs_to(self.settings.user, self.client.homeserver):
+        self.session = Session(self.session.homeserver, owner.user_id, owner.device_id or "", token)
+        if not self.session.belongs_to(self.settings.user, ""):
             raise Exit(78, f"MATRIX_ACCESS_TOKEN belongs to {owner.user_id}: check MATRIX_USER")
+        self.save_session()
 
     async def log_in(self, rejected: str = "") -> None:
         """Log in with the password, on the same device, unless `rejected` was replaced meanwhile.
@@ -427,7 +430,7 @@ class Homeserver:
             if self.session.access_token != rejected:
                 self.client.access_token = self.session.access_token
                 return
-            url, settings = self.client.homeserver, self.settings
+            url, settings = self.session.homeserver, self.settings
             if settings.access_token:
                 raise Exit(77, f"{url} refuses MATRIX_ACCESS_TOKEN: set a valid one")
             if rejected:
@@ -440,7 +443,19 @@ class Homeserver:
                 lambda: self.client.login(settings.password, "echobot"), "MATRIX_PASSWORD"
             )
             self.session = Session(url, answer.user_id, answer.device_id, answer.access_token)
-            save_session(settings.state_directory, self.session)
+            self.save_session()
+
+    def save_session(self) -> None:
+        """Save the session, and drop the position if that was another account's."""
+        directory, session = self.settings.state_directory, self.session
+        if self.settings.access_token:
+            session = replace(session, access_token="")
+        try:
+            if self.is_new_account:
+                (directory / "next_batch").unlink(missing_ok=True)
+            replace_file(directory / "session.json", json.dumps(asdict(session)))
+        except OSError as error:
+            log.error("Can't save session.json in %s: %s", directory, error.strerror)
 
     async def authenticate(self, call: Call, secret: str) -> Any:
         """Make a request that proves who we are, with a secret of that name; raise Exit."""
@@ -636,9 +651,12 @@ class Session:
     access_token: str = ""
 
     def belongs_to(self, user: str, homeserver: str) -> bool:
-        """Tell whether it is of this user (user ID or localpart) on this homeserver."""
-        mine = self.user_id.lower(), self.user_id.lower().partition(":")[0].removeprefix("@")
-        return user.lower() in mine and self.homeserver == homeserver
+        """Tell whether it is of this user ID or localpart, and of this homeserver if not ""."""
+        mine, other = (
+            user_id.lower().lstrip("@").partition(":") for user_id in (self.user_id, user)
+        )
+        is_user = mine == other or (mine[0] == other[0] and "" in (mine[2], other[2]))
+        return is_user and homeserver in ("", self.homeserver)
 
 
 def load_session(directory: Path) -> Session | None:
@@ -653,14 +671,6 @@ def load_session(directory: Path) -> Session | None:
     except (OSError, ValueError, TypeError, AttributeError):
         log.error("session.json in %s can't be read: logging in anew", directory)
         return None
-
-
-def save_session(directory: Path, session: Session) -> None:
-    """Save a session in a state directory."""
-    try:
-        replace_file(directory / "session.json", json.dumps(asdict(session)))
-    except OSError as error:
-        log.error("Can't save session.json in %s: %s", directory, error.strerror)
 
 
 def load_next_batch(directory: Path) -> str | None:
