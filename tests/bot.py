@@ -40,8 +40,8 @@ def fork(directory: Path, reply_to: str = "", **constants: object) -> Path:
         if isinstance(node, ast.AsyncFunctionDef) and node.name == "reply_to" and reply_to:
             new = reply_to
         elif isinstance(node, ast.Assign) and isinstance(name := node.targets[0], ast.Name):
-            if name.id in constants:
-                new = f"{name.id} = {constants.pop(name.id)!r}"
+            value = constants.pop(name.id, None)
+            new = f"{name.id} = {value!r}" if value is not None else None
         if new is not None:
             lines[node.lineno - 1 : node.end_lineno] = new.splitlines()
     assert not constants, f"echobot.py has no {constants}"

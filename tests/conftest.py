@@ -1,4 +1,4 @@
-"""What the tests share: one homeserver for all of them, and for each a bot and people of its own."""
+"""What the tests share: one homeserver for all, and for each a bot and people of its own."""
 
 from __future__ import annotations
 
@@ -89,6 +89,6 @@ async def proxy(homeserver: Homeserver) -> AsyncIterator[Proxy]:
 
 @pytest.fixture
 async def proxied_bot(people: People, proxy: Proxy) -> AsyncIterator[Bot]:
-    """A bot for the account that was never started, speaking to the homeserver through the proxy."""
+    """A bot for the account that was never started, behind the proxy."""
     async with new_bot(proxy.url, MATRIX_USER=people.bot_id) as new:
         yield new

@@ -71,7 +71,7 @@ class User:
         self.transaction_ids = (f"t{n}" for n in itertools.count())
 
     async def request(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
-        """Request `/_matrix/client/v3` + path as this user; return the JSON, or raise MatrixError."""
+        """Request `/_matrix/client/v3` + path as this user; return JSON or raise MatrixError."""
         return await self.homeserver.request(
             method, path, body, access_token=self.access_token, **query
         )
@@ -110,7 +110,7 @@ class User:
         return {event["state_key"] for event in answer["chunk"]}
 
     async def events(self, room_id: str, *kinds: str) -> list[dict[str, Any]]:
-        """Return the room's whole history of these event types (default: messages), oldest first."""
+        """Return all events of these types in the room (default: messages), oldest first."""
         query = {
             "dir": "f",
             "limit": 1000,
@@ -244,7 +244,7 @@ class Homeserver:
     async def request(
         self, method: str, path: str, body: Any = None, access_token: str = "", **query: Any
     ) -> Any:
-        """Make a request; return the JSON, or raise MatrixError (other than 200), aiohttp.ClientError."""
+        """Make a request; return JSON; raise MatrixError (not 200) or aiohttp.ClientError."""
         assert self.http is not None
         base = "" if path.startswith("/_") else "/_matrix/client/v3"
         headers = {"Authorization": f"Bearer {access_token}"} if access_token else {}
@@ -275,12 +275,12 @@ class Homeserver:
 async def running_homeserver(
     settings: dict[str, Any] | None = None, drop: Iterable[str] = ()
 ) -> AsyncIterator[Homeserver]:
-    """Run a homeserver for the length of the block: no rate limits, but those of Synapse for `drop`."""
+    """Run a homeserver for the length of the block: no rate limits, but Synapse's for `drop`."""
     limits = {name: limit for name, limit in NO_RATE_LIMITS.items() if name not in drop}
     with TemporaryDirectory(prefix="echobot-homeserver-") as directory:
         homeserver = Homeserver(Path(directory), {**limits, **(settings or {})})
-        await homeserver.start()
         try:
+            await homeserver.start()
             yield homeserver
         finally:
             await homeserver.close()

@@ -89,7 +89,7 @@ class Proxy:
         chance: float = 1,
         seed: int = 0,
     ) -> Iterator[Injection]:
-        """Hit matching requests with a fault, for the length of the block; `happened` counts them."""
+        """Hit matching requests with a fault for the length of the block, and count them."""
         injection = Injection(fault, pattern, times, chance, random.Random(seed))
         self.injections.append(injection)
         try:
@@ -269,3 +269,19 @@ async def running_proxy(upstream: str) -> AsyncIterator[Proxy]:
         yield proxy
     finally:
         await proxy.close()
+
+
+# Each kind of fault that can happen to any request, by name.
+EVERY_FAULT: dict[str, Fault] = {
+    "bad_gateway": bad_gateway,
+    "internal_error": internal_error,
+    "cut_before": cut_before,
+    "cut_after": cut_after,
+    "cut_body": cut_body,
+    "not_json": not_json,
+    "empty_object": empty_object,
+    "silence": silence,
+    "rate_limited": rate_limited(200),
+    "rate_limited_by_header": rate_limited_by_header(1),
+    "delay": delay(0.5),
+}

@@ -63,7 +63,7 @@ async def test_history_from_before_the_invitation_is_not_answered(
 async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     people: People, alice: User, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """While a join hangs, another room is answered; after a kill the bot joins, and all is said once."""
+    """Another room is answered meanwhile; after a kill the bot joins, and all is said once."""
     room_id = await people.room_with_bot(alice)
     await proxied_bot.start()
     await proxied_bot.ready()
@@ -85,7 +85,7 @@ async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
 async def test_pending_invitation_is_not_forgotten_by_a_kill_in_the_first_start(
     people: People, alice: User, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """Killed while the first join hangs, the bot joins at the next start and has lost no command."""
+    """Killed while the first join hangs, the bot joins at the next start and lost nothing."""
     room_id = await people.room_with_bot(alice)
     invited = await alice.create_room(people.bot_id)
     with proxy.inject(faults.hold(asyncio.Event()), faults.JOIN) as hanging:

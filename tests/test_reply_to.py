@@ -48,7 +48,7 @@ async def test_slow_reply_to_holds_up_no_other_room(people: People, alice: User,
 
 
 async def test_bug_in_reply_to_costs_one_reply(people: People, alice: User, bot: Bot) -> None:
-    """An exception or a result that is no text is logged with the event ID, not with the message."""
+    """An exception or a result that is no text is logged with the event ID, not the message."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, BROKEN)
     await bot.start()
