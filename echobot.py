@@ -55,12 +55,12 @@ import aiohttp
 from nio import (
     AsyncClient,
     AsyncClientConfig,
+    BadEvent,
     ErrorResponse,
     Event,
     InviteInfo,
     InviteMemberEvent,
     LocalProtocolError,
-    MegolmEvent,
     MessageDirection,
     RoomMessageText,
     SyncResponse,
@@ -76,7 +76,8 @@ MAX_BACKOFF = 60  # s
 MAX_UNFINISHED = 10_000  # sync answers with replies under way before polling pauses
 SHUTDOWN_GRACE = 5  # s for the sends in flight
 MAX_RETRY_AFTER = 3600  # s
-LOGINS, LOGIN_WINDOW = 4, 1400  # logins in so many s; Synapse allows five, then one in 333 s
+LOGINS = 4  # in LOGIN_WINDOW s: Synapse allows five, then one in 333 s
+LOGIN_WINDOW = 1400  # s
 
 # Of all that a homeserver has to tell, only what is used here.
 NOTHING: dict[str, Any] = {"types": []}
@@ -262,13 +263,27 @@ async def accept_invitation(
 
 
 async def answer(homeserver: Homeserver, room_id: str, event: Event) -> None:
-    """Answer an event if it is a message to answer, and return once the reply is acknowledged."""
-    if isinstance(event, MegolmEvent):
-        await tell_encrypted(homeserver, room_id)
-    if not isinstance(event, RoomMessageText) or not is_message_for(
-        homeserver.client.user_id, event
-    ):
-        return
+    """Answer an event if it calls for it, and return once the reply is acknowledged."""
+    match event.source:
+        case {"sender": homeserver.client.user_id} | {"unsigned": {"redacted_because": _}}:
+            pass
+        # The membership that the bot had when it was sent: that is history (spec: UnsignedData).
+        case {"unsigned": {"membership": "leave" | "ban" | "knock"}}:
+            pass
+        case {"content": {"m.relates_to": {"rel_type": "m.replace"}}}:
+            pass
+        case {"type": "m.room.encrypted"}:
+            await tell_encrypted(homeserver, room_id)
+        case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
+            # nio rejects a message for any odd part of it, like a null formatted_body.
+            if isinstance(event, BadEvent):
+                event = RoomMessageText(event.source, body, None, None)
+            if isinstance(event, RoomMessageText):
+                await reply(homeserver, room_id, event)
+
+
+async def reply(homeserver: Homeserver, room_id: str, event: RoomMessageText) -> None:
+    """Send what reply_to returns for a message."""
     started = time.monotonic()
     try:
         body = await asyncio.wait_for(reply_to(event), PATIENCE)
@@ -285,15 +300,6 @@ async def answer(homeserver: Homeserver, room_id: str, event: Event) -> None:
         homeserver.answered += 1
         elapsed = (time.monotonic() - started) * 1000
         log.info("Answered %s in %s after %.0f ms", event.event_id, room_id, elapsed)
-
-
-def is_message_for(user_id: str, event: RoomMessageText) -> bool:
-    """Tell whether a message is one to answer: new, not our own, not from before our invitation."""
-    relates_to = event.source["content"].get("m.relates_to")
-    is_edit = isinstance(relates_to, dict) and relates_to.get("rel_type") == "m.replace"
-    # The membership that we had when it was sent (spec: Client-Server API, 'UnsignedData').
-    membership = event.source.get("unsigned", {}).get("membership", "join")
-    return event.sender != user_id and not is_edit and membership in ("join", "invite")
 
 
 def text_content(body: str, event: RoomMessageText) -> dict[str, Any]:

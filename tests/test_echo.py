@@ -67,6 +67,17 @@ async def test_only_commands_of_others_are_answered(people: People, alice: User,
     assert (await people.replies(alice, room_id, 3))[1:] == ["first", "last"]
 
 
+async def test_odd_parts_do_not_cost_the_answer(people: People, alice: User, bot: Bot) -> None:
+    """A command is answered whatever else is in its content."""
+    room_id = await people.room_with_bot(alice)
+    await bot.start()
+    await bot.ready()
+    odd: list[dict[str, object]] = [{"formatted_body": None}, {"format": 5}, {"m.mentions": "x"}]
+    for n, content in enumerate(odd):
+        await alice.send(room_id, f"!replybot {n}", **content)
+    assert await people.replies(alice, room_id, len(odd)) == ["0", "1", "2"]
+
+
 async def test_redacted_command_is_not_answered(people: People, alice: User, bot: Bot) -> None:
     """A command that was redacted while the bot was away gets no answer."""
     room_id = await people.room_with_bot(alice)
