@@ -72,7 +72,7 @@ async def test_odd_parts_do_not_cost_the_answer(people: People, alice: User, bot
     room_id = await people.room_with_bot(alice)
     await bot.start()
     await bot.ready()
-    odd: list[dict[str, object]] = [{"formatted_body": None}, {"format": 5}, {"m.mentions": "x"}]
+    odd: list[dict[str, object]] = [{"formatted_body": None}, {"format": 5}, {"m.relates_to": []}]
     for n, content in enumerate(odd):
         await alice.send(room_id, f"!replybot {n}", **content)
     assert await people.replies(alice, room_id, len(odd)) == ["0", "1", "2"]
