@@ -44,7 +44,7 @@ import time
 import traceback
 import urllib.request
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,10 +94,12 @@ USED: dict[str, Any] = {
     **dict.fromkeys(("events", "chunk"), list),
     "limited": bool,
 }
+# HTTP statuses that are final: of most requests, and at the start of any answer.
+REFUSED = frozenset(range(400, 500)) - {401, 429}
+ANSWERED = frozenset(range(200, 500)) - {429}
 NO_ANSWER = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
 
 Call = Callable[[], Awaitable[Any]]
-Rule = Callable[["Failure"], bool]
 Tasks = list["asyncio.Task[None]"]
 Batches = asyncio.Queue[tuple[str, Tasks]]  # (next_batch, what must be done before it is saved)
 
@@ -343,19 +345,6 @@ async def send(homeserver: Homeserver, room_id: str, content: dict[str, Any], tx
     return True
 
 
-class Failure(Exception):
-    """A request that brought no success; the text says why, and never quotes a message.
-
-    `status`: HTTP status, 0 without an answer. `errcode`: the homeserver's, "" if it gave none.
-    `retry_after`: how long it asks to wait in s, 0 if it does not. `attempts`: tried how often.
-    """
-
-    def __init__(self, cause: str, status: int = 0, errcode: str = "", retry_after: float = 0):
-        super().__init__(cause)
-        self.status, self.errcode, self.retry_after = status, errcode, retry_after
-        self.attempts = 1
-
-
 class Homeserver:
     """The bot's account on its homeserver: login, requests, and one rule for all their errors."""
 
@@ -363,7 +352,7 @@ class Homeserver:
         self.settings = settings
         self.client = Client("")
         self.session = Session("", "", "", "")
-        self.is_new_account = False
+        self.is_other_account = False
         # Synapse repeats an answer for two minutes to whoever asks with the same parameters, though
         # messages may have been redacted: so each process asks with others.
         self.hold = SYNC_TIMEOUT - random.randrange(1000)
@@ -376,148 +365,47 @@ class Homeserver:
         self.troubled: set[asyncio.Task[Any] | None] = set()
         self.causes: set[str] = set()
 
-    async def connect(self) -> None:
-        """Restore the session or log in; raise Exit if that is refused."""
-        settings = self.settings
-        stored = load_session(settings.state_directory)
-        if stored and stored.belongs_to(settings.user, settings.homeserver):
-            self.session = stored
-        else:
-            # The device ID is ours and saved first: a crash amid the login costs no other device.
-            url = settings.homeserver or await self.discover()
-            self.session = Session(url, settings.user, secrets.token_hex(5).upper(), "")
-            self.is_new_account = stored is not None
-            if stored:
-                log.warning("Not using the state of %s at %s", stored.user_id, stored.homeserver)
-            else:
-                self.save_session()
-        url = self.session.homeserver
-        if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
-            log.warning("%s is not encrypted: anybody on the way can read the password", url)
-        self.client = open_client(url, settings.user)
-        if settings.access_token:
-            await self.use_access_token()
-        elif not self.session.access_token:
-            await self.log_in()
-        session = self.session
-        self.client.restore_login(session.user_id, session.device_id, session.access_token)
-        log.info("Logged in as %s, device id: %s.", session.user_id, session.device_id)
-
-    async def discover(self) -> str:
-        """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
-        server_name = self.settings.user.partition(":")[2]
-        self.client = open_client("https://" + re.sub(r":\d+$", "", server_name))
-        try:
-            found = await self.request(self.client.discovery_info, is_definite, vital=True)
-        except Failure as failure:
-            if failure.status == 404:
-                return f"https://{server_name}"
-            problem = f"{self.client.homeserver}/.well-known/matrix/client is no use ({failure})"
-            raise Exit(78, f"{problem}: set MATRIX_HOMESERVER") from None
-        finally:
-            await self.client.close()
-        return str(found.homeserver_url)
-
-    async def use_access_token(self) -> None:
-        """Take MATRIX_ACCESS_TOKEN for the session; raise Exit if it is refused or another's."""
-        token = self.client.access_token = self.settings.access_token
-        owner = await self.authenticate(self.client.whoami, "MATRIX_ACCESS_TOKEN")
-        self.session = Session(self.session.homeserver, owner.user_id, owner.device_id or "", token)
-        if not self.session.belongs_to(self.settings.user, ""):
-            raise Exit(78, f"MATRIX_ACCESS_TOKEN belongs to {owner.user_id}: check MATRIX_USER")
-        self.save_session()
-
-    async def log_in(self, rejected: str = "") -> None:
-        """Log in with the password, on the same device, unless `rejected` was replaced meanwhile.
-
-        Raise Exit if the homeserver refuses.
-        """
-        async with self.login_lock:
-            if self.session.access_token != rejected:
-                self.client.access_token = self.session.access_token
-                return
-            url, settings = self.session.homeserver, self.settings
-            if settings.access_token:
-                raise Exit(77, f"{url} refuses MATRIX_ACCESS_TOKEN: set a valid one")
-            if rejected:
-                log.warning("The access token is no longer valid: logging in again")
-            if len(self.logins) == LOGINS:
-                await asyncio.sleep(self.logins[0] + LOGIN_WINDOW - time.monotonic())
-            self.logins.append(time.monotonic())
-            self.client.access_token, self.client.device_id = "", self.session.device_id
-            answer = await self.authenticate(
-                lambda: self.client.login(settings.password, "echobot"), "MATRIX_PASSWORD"
-            )
-            self.session = Session(url, answer.user_id, answer.device_id, answer.access_token)
-            self.save_session()
-
-    def save_session(self) -> None:
-        """Save the session, and drop the position if that was another account's."""
-        directory, session = self.settings.state_directory, self.session
-        if self.settings.access_token:
-            session = replace(session, access_token="")
-        try:
-            if self.is_new_account:
-                (directory / "next_batch").unlink(missing_ok=True)
-            replace_file(directory / "session.json", json.dumps(asdict(session)))
-        except OSError as error:
-            log.error("Can't save session.json in %s: %s", directory, error.strerror)
-
-    async def authenticate(self, call: Call, secret: str) -> Any:
-        """Make a request that proves who we are, with a secret of that name; raise Exit."""
-        try:
-            return await self.request(call, is_definite, vital=True)
-        except Failure as failure:
-            url = self.client.homeserver
-            if failure.errcode and failure.status != 404:
-                problem = f"{url} refuses {self.settings.user} ({failure})"
-                raise Exit(77, f"{problem}: check MATRIX_USER and {secret}") from None
-            problem = f"no Matrix homeserver answers at {url} ({failure})"
-            raise Exit(78, f"{problem}: check MATRIX_HOMESERVER") from None
-
-    async def sync(self, since: str | None, sync_filter: Any) -> SyncResponse:
+    async def sync(self, since: str | None, sync_filter: dict[str, Any]) -> SyncResponse:
         """Return the next sync answer; raise Failure if the homeserver refuses `since`."""
-
-        def refuses_since(failure: Failure) -> bool:
-            return since is not None and failure.status == 400 and is_refused(failure)
-
         call = partial(self.client.sync, self.hold, sync_filter, since)
-        response: SyncResponse = await self.request(call, refuses_since, vital=True)
+        response: SyncResponse = await self.request(call, {400} if since else (), vital=True)
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         notify(f"STATUS=Answered {self.answered}, last sync at {now}")
         return response
 
-    async def request(self, call: Call, is_final: Rule | None = None, vital: bool = False) -> Any:
+    async def request(
+        self, call: Call, final: Container[int] = REFUSED, vital: bool = False
+    ) -> Any:
         """Return the response to a request; repeat it while that may help, else raise Failure.
 
-        Not repeated is what `is_final`; nor, unless `vital` (the whole bot waits for it), what has
-        failed for PATIENCE s while vital requests did not. Waits: as told, else exponential.
+        Not repeated: what the homeserver itself answers with a status in `final`, and what fails
+        for PATIENCE s while `vital` requests, those that the whole bot waits for, do not.
         """
         started = time.monotonic()
         try:
             for attempt in itertools.count():
-                token = self.session.access_token
+                access_token = self.session.access_token
                 if vital:
                     self.alive_until = time.monotonic() + 2 * REQUEST_TIMEOUT
                 try:
                     return await respond(call)
                 except Failure as failure:
-                    failure.attempts = attempt + 1
-                    if (is_final or is_refused)(failure):
+                    # Without an errcode it may come from a proxy whose homeserver is restarting.
+                    certain = failure.errcode or (vital and (failure.status == 404 or attempt >= 4))
+                    if certain and failure.status in final:
                         raise
-                    if failure.status == 401 and failure.errcode:
-                        await self.log_in(token)
+                    if failure.errcode and failure.status == 401:
+                        await self.log_in(access_token)
                         continue
                     self.note_trouble(failure)
-                    now = time.monotonic()
+                    now, wait = time.monotonic(), failure.retry_after or backoff(attempt)
                     if vital:
                         self.last_vital_failure = now
+                        self.alive_until += wait
                     elif failure.status == 429:
                         started = now
                     elif now - max(started, self.last_vital_failure) > PATIENCE:
                         raise
-                    wait = failure.retry_after or backoff(attempt)
-                    self.alive_until += wait
                     await asyncio.sleep(wait)
         finally:
             self.note_end_of_trouble()
@@ -536,6 +424,112 @@ class Homeserver:
             if not self.troubled:
                 self.causes.clear()
                 log.info("No more trouble with %s", self.client.homeserver)
+
+    async def connect(self) -> None:
+        """Restore the session or log in; raise Exit if that is refused."""
+        settings = self.settings
+        stored = load_session(settings.state_directory)
+        if stored and stored.belongs_to(settings.user, settings.homeserver):
+            self.session = stored
+        else:
+            # The device ID is ours and saved first: a crash amid the login costs no other device.
+            url = settings.homeserver or await self.discover()
+            self.session = Session(url, settings.user, secrets.token_hex(5).upper(), "")
+            self.is_other_account = stored is not None
+            if stored:
+                log.warning("Not using the state of %s at %s", stored.user_id, stored.homeserver)
+            else:
+                self.save_session()
+        url = self.session.homeserver
+        if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
+            log.warning("%s is not encrypted: anybody on the way can read the password", url)
+        self.client = open_client(url, settings.user)
+        if settings.access_token or not self.session.access_token:
+            await self.log_in(self.session.access_token)
+        session = self.session
+        self.client.restore_login(session.user_id, session.device_id, session.access_token)
+        log.info("Logged in as %s, device id: %s.", session.user_id, session.device_id)
+
+    async def discover(self) -> str:
+        """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
+        server_name = self.settings.user.partition(":")[2]
+        self.client = open_client("https://" + re.sub(r":\d+$", "", server_name))
+        try:
+            found = await self.request(self.client.discovery_info, ANSWERED, vital=True)
+        except Failure as failure:
+            if failure.status == 404:
+                return f"https://{server_name}"
+            problem = f"{self.client.homeserver}/.well-known/matrix/client is no use ({failure})"
+            raise Exit(78, f"{problem}: set MATRIX_HOMESERVER") from None
+        finally:
+            await self.client.close()
+        return str(found.homeserver_url)
+
+    async def log_in(self, rejected: str) -> None:
+        """Log in anew, on the same device, unless the `rejected` access token was replaced already.
+
+        Raise Exit if that is refused.
+        """
+        async with self.login_lock:
+            settings, session, client = self.settings, self.session, self.client
+            if session.access_token != rejected:
+                client.access_token = session.access_token
+                return
+            if rejected:
+                log.warning("The access token is no longer valid: logging in again")
+            if len(self.logins) == LOGINS:
+                await asyncio.sleep(self.logins[0] + LOGIN_WINDOW - time.monotonic())
+            self.logins.append(time.monotonic())
+            client.access_token, client.device_id = settings.access_token, session.device_id
+            login = partial(client.login, settings.password, "echobot")
+            try:
+                answer = await self.request(
+                    client.whoami if settings.access_token else login, ANSWERED, vital=True
+                )
+            except Failure as failure:
+                raise refusal(settings, client.homeserver, failure) from None
+            token = settings.access_token or answer.access_token
+            self.session = Session(
+                session.homeserver, answer.user_id, answer.device_id or "", token
+            )
+            if not self.session.belongs_to(settings.user, ""):
+                raise Exit(78, f"MATRIX_ACCESS_TOKEN is of {answer.user_id}: check MATRIX_USER")
+            client.access_token = token
+            self.save_session()
+
+    def save_session(self) -> None:
+        """Save the session, and drop the position if that was another account's."""
+        directory, session = self.settings.state_directory, self.session
+        if self.settings.access_token:
+            session = replace(session, access_token="")
+        try:
+            if self.is_other_account:
+                (directory / "next_batch").unlink(missing_ok=True)
+            replace_file(directory / "session.json", json.dumps(asdict(session)))
+        except OSError as error:
+            log.error("Can't save session.json in %s: %s", directory, error.strerror)
+
+
+def refusal(settings: Settings, homeserver: str, failure: Failure) -> Exit:
+    """Return what to exit with after the login failed for good."""
+    if failure.errcode and failure.status != 404:
+        secret = "MATRIX_ACCESS_TOKEN" if settings.access_token else "MATRIX_PASSWORD"
+        problem = f"{homeserver} refuses {settings.user} ({failure})"
+        return Exit(77, f"{problem}: check MATRIX_USER and {secret}")
+    problem = f"no Matrix homeserver answers at {homeserver} ({failure})"
+    return Exit(78, f"{problem}: check MATRIX_HOMESERVER")
+
+
+class Failure(Exception):
+    """A request that brought no success; the text says why, and never quotes a message.
+
+    `status`: HTTP status, 0 without an answer. `errcode`: the homeserver's, "" if it gave none.
+    `retry_after`: how long it asks to wait in s, 0 if it does not.
+    """
+
+    def __init__(self, cause: str, status: int = 0, errcode: str = "", retry_after: float = 0):
+        super().__init__(cause)
+        self.status, self.errcode, self.retry_after = status, errcode, retry_after
 
 
 async def respond(call: Call) -> Any:
@@ -560,18 +554,6 @@ async def respond(call: Call) -> Any:
     wait = float(header) if header.isdecimal() else (response.retry_after_ms or 0) / 1000
     cause = f"HTTP {transport.status} {errcode or 'without a Matrix answer'}"
     raise Failure(cause, transport.status, errcode, min(wait, MAX_RETRY_AFTER))
-
-
-def is_refused(failure: Failure) -> bool:
-    """Tell whether the homeserver, not something on the way to it, refuses a request for good."""
-    temporary = failure.status in (401, 429)
-    return 400 <= failure.status < 500 and not temporary and bool(failure.errcode)
-
-
-def is_definite(failure: Failure) -> bool:
-    """Tell whether a request at the start was answered for good, by a homeserver or not."""
-    answered = 200 <= failure.status < 500 and failure.status != 429
-    return answered and bool(failure.errcode or failure.status == 404 or failure.attempts >= 5)
 
 
 def backoff(attempt: int) -> float:
