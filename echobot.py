@@ -30,13 +30,11 @@ import asyncio
 import contextlib
 import fcntl
 import fnmatch
-import itertools
 import json
 import logging
 import os
 import random
 import re
-import secrets
 import signal
 import socket
 import sys
@@ -45,7 +43,7 @@ import traceback
 import urllib.request
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,9 +56,8 @@ from nio import (
     BadEvent,
     ErrorResponse,
     Event,
+    InviteEvent,
     InviteInfo,
-    InviteMemberEvent,
-    LocalProtocolError,
     MessageDirection,
     RoomMessageText,
     SyncResponse,
@@ -76,24 +73,15 @@ MAX_BACKOFF = 60  # s
 MAX_UNFINISHED = 10_000  # sync answers with replies under way before polling pauses
 SHUTDOWN_GRACE = 5  # s for the sends in flight
 MAX_RETRY_AFTER = 3600  # s
+MAX_REQUESTS = 500  # at a time, besides the poll: fewer than the files a process may open
+ALIVE = 300  # s that a poll may take before systemd's watchdog is left to end the bot
 LOGINS = 4  # in LOGIN_WINDOW s: Synapse allows five, then one in 333 s
 LOGIN_WINDOW = 1400  # s
+DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the device
 
-# Of all that a homeserver has to tell, only what is used here.
 NOTHING: dict[str, Any] = {"types": []}
 MESSAGES = {"types": ["m.room.message", "m.room.encrypted"]}
-QUIET = {"presence": NOTHING, "account_data": NOTHING}
-QUIET_ROOM = {"state": NOTHING, "ephemeral": NOTHING, "account_data": NOTHING}
-SYNC_FILTER = {**QUIET, "room": {**QUIET_ROOM, "timeline": {**MESSAGES, "limit": 100}}}
-START_FILTER = {**QUIET, "room": {**QUIET_ROOM, "timeline": NOTHING}}
 
-# The parts of an answer that are read here, by name ("!" for a room ID).
-USED: dict[str, Any] = {
-    **dict.fromkeys(("rooms", "join", "invite", "!", "timeline", "invite_state"), dict),
-    **dict.fromkeys(("next_batch", "start", "end"), str),
-    **dict.fromkeys(("events", "chunk"), list),
-    "limited": bool,
-}
 # HTTP statuses that are final: of most requests, and at the start of any answer.
 REFUSED = frozenset(range(400, 500)) - {401, 429}
 ANSWERED = frozenset(range(200, 500)) - {429}
@@ -115,8 +103,11 @@ async def reply_to(event: RoomMessageText) -> str | None:
     """
     if not event.body.startswith(COMMAND):
         return None
-    # Every occurrence is removed, so that two such bots never answer each other.
-    return event.body.replace(COMMAND, "").strip() or f"Usage: {COMMAND} text to repeat"
+    text = event.body
+    # Until none is left, also of nested ones: two such bots never answer each other.
+    while COMMAND in text:
+        text = text.replace(COMMAND, "")
+    return text.strip() or f"Usage: {COMMAND} text to repeat"
 
 
 def main() -> int:
@@ -127,7 +118,7 @@ def main() -> int:
     try:
         if sys.argv[1:]:
             raise Exit(2, "takes no arguments but --help; settings are environment variables")
-        settings = Settings.from_environment(os.environ)
+        settings = read_settings(os.environ)
         set_up_logging(settings.log_level)
         with locked(settings.state_directory):
             asyncio.run(run(settings))
@@ -158,7 +149,7 @@ async def run(settings: Settings) -> None:
         ended, _ = await asyncio.wait({polling, saving}, return_when=asyncio.FIRST_COMPLETED)
         notify("STOPPING=1")
         for task in ended:
-            if not task.cancelled():
+            if task is saving or not task.cancelled():
                 task.result()  # Neither returns: this raises what ended it.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(batches.join(), SHUTDOWN_GRACE)
@@ -168,31 +159,47 @@ async def run(settings: Settings) -> None:
 
 
 async def poll(homeserver: Homeserver, batches: Batches) -> None:
-    """Sync for ever: start to answer each sync answer, and poll on without waiting for that."""
+    """Sync for ever: start to answer each sync response, and poll on without waiting for that."""
     await homeserver.connect()
     since = await start(homeserver, batches, load_next_batch(homeserver.settings.state_directory))
     while True:
         try:
-            response = await homeserver.sync(since, SYNC_FILTER)
+            response = await homeserver.sync(since)
         except Failure as failure:
             log.error("The homeserver refuses next_batch (%s): starting from now instead", failure)
             since = await start(homeserver, batches, None)
+            await asyncio.sleep(backoff(4))
             continue
-        await batches.put((response.next_batch, start_answering(homeserver, response, since)))
-        # Replies go on the wire first: building the next poll would hold them up.
-        await asyncio.sleep(0)
-        since = response.next_batch
+        notify("READY=1")
+        tasks = start_answering(homeserver, response, since)
+        await batches.put((response.next_batch, tasks))
+        since = response.next_batch or since
+        if tasks:
+            # Replies go on the wire first: to build the next poll takes longer than most of them.
+            await asyncio.wait(tasks, timeout=0.01)
 
 
 async def start(homeserver: Homeserver, batches: Batches, since: str | None) -> str:
     """Take up pending invitations; return `since`, or without one the position of now."""
-    # An incremental sync tells of an invitation once, one without `since` of all that are pending.
-    response = await homeserver.sync(None, START_FILTER)
-    notify("READY=1")
-    since = since or response.next_batch
-    await batches.put((since, []))
-    await batches.put((since, start_answering(homeserver, response, since)))
+    # With `since` a sync tells of an invitation once, without it of all that are pending.
+    overview = asyncio.create_task(homeserver.sync(None))
+    if since is None:
+        since = (await overview).next_batch
+        # Saved at once, not after the joins: a kill amid them must not make this a first start.
+        await batches.put((since, []))
+    pending = accept_pending_invitations(homeserver, overview, since)
+    await batches.put((since, [asyncio.create_task(pending)]))
     return since
+
+
+async def accept_pending_invitations(
+    homeserver: Homeserver, overview: asyncio.Task[SyncResponse], since: str
+) -> None:
+    """Accept what a sync without `since` tells of invitations; they are older than `since`."""
+    invited = (await overview).rooms.invite
+    await asyncio.gather(
+        *(accept_invitation(homeserver, room_id, room, since) for room_id, room in invited.items())
+    )
 
 
 def start_answering(homeserver: Homeserver, response: SyncResponse, since: str) -> Tasks:
@@ -201,7 +208,7 @@ def start_answering(homeserver: Homeserver, response: SyncResponse, since: str) 
         answer_room(homeserver, room_id, room.timeline, since, response.next_batch)
         for room_id, room in response.rooms.join.items()
     ] + [
-        accept_invitation(homeserver, room_id, room, since, response.next_batch)
+        accept_invitation(homeserver, room_id, room, since)
         for room_id, room in response.rooms.invite.items()
     ]
     return [asyncio.create_task(task) for task in work]
@@ -212,54 +219,65 @@ async def answer_room(
 ) -> None:
     """Answer the part of a sync answer that belongs to a room, once its earlier parts are."""
     async with homeserver.turns[room_id]:
-        if timeline.limited:
-            await answer_gap(homeserver, room_id, since, next_batch)
-        else:
-            for event in timeline.events:
-                await answer(homeserver, room_id, event)
+        is_gap = timeline.limited or room_id in homeserver.just_joined
+        homeserver.just_joined.discard(room_id)
+        if is_gap and await answer_gap(homeserver, room_id, since, next_batch):
+            return
+        for event in timeline.events:
+            await answer(homeserver, room_id, event)
 
 
-async def answer_gap(homeserver: Homeserver, room_id: str, since: str, next_batch: str) -> None:
-    """Answer what was sent to a room between two positions, reading forward page by page."""
-    messages = partial(
-        homeserver.client.room_messages,
-        room_id,
-        end=next_batch,
-        direction=MessageDirection.front,
-        limit=100,
-        message_filter=MESSAGES,
-    )
+async def answer_gap(
+    homeserver: Homeserver, room_id: str, since: str, next_batch: str | None
+) -> bool:
+    """Answer what was sent to a room between two positions, page by page; tell if all was read.
+
+    Without `next_batch`, read up to now. Spec: GET /rooms/{roomId}/messages.
+    """
     position: str | None = since
-    try:
-        while position:
-            page = await homeserver.request(partial(messages, position))
-            for event in page.chunk:
-                await answer(homeserver, room_id, event)
-            position = page.end if page.end != position else None
-    except Failure as failure:
-        log.warning("Passed over a gap in %s: %s", room_id, failure)
+    while position:
+        call = partial(
+            homeserver.client.room_messages,
+            room_id,
+            start=position,
+            end=next_batch,
+            direction=MessageDirection.front,
+            limit=100,
+            message_filter=MESSAGES,
+        )
+        try:
+            page = await homeserver.request(call, room_id)
+        except Failure as failure:
+            log.warning("Passed over a gap in %s: %s", room_id, failure)
+            return False
+        for event in page.chunk:
+            await answer(homeserver, room_id, event)
+        position = page.end if page.end != position else None
+    return True
 
 
 async def accept_invitation(
-    homeserver: Homeserver, room_id: str, room: InviteInfo, since: str, next_batch: str
+    homeserver: Homeserver, room_id: str, room: InviteInfo, since: str
 ) -> None:
-    """Join a room and answer what was sent there since the invitation, or reject the invitation."""
+    """Join a room and answer what was sent there since the invitation, or reject that."""
     client, patterns = homeserver.client, homeserver.settings.inviters
-    inviters = [
-        event.sender
-        for event in room.invite_state
-        if isinstance(event, InviteMemberEvent) and event.state_key == client.user_id
-    ]
-    inviter = inviters[-1] if inviters else "somebody"
+    inviter = "nobody"
+    for event in room.invite_state:
+        # The last one counts: before the invitation itself stands what the inviter's server says.
+        match event.source:
+            case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
+                inviter = sender
     try:
         async with homeserver.turns[room_id]:
             if not any(fnmatch.fnmatchcase(inviter, pattern) for pattern in patterns):
-                await homeserver.request(lambda: client.room_leave(room_id))
+                await homeserver.request(partial(client.room_leave, room_id), room_id)
                 log.info("Rejected the invitation of %s to %s", inviter, room_id)
                 return
-            await homeserver.request(lambda: client.join(room_id))
+            await homeserver.request(partial(client.join, room_id), room_id)
             log.info("Joined %s, invited by %s", room_id, inviter)
-            await answer_gap(homeserver, room_id, since, next_batch)
+            homeserver.just_joined.add(room_id)
+            # To the present: polling has gone on meanwhile, and told nothing of this room.
+            await answer_gap(homeserver, room_id, since, None)
     except Failure as failure:
         log.warning("Passed over the invitation of %s to %s: %s", inviter, room_id, failure)
 
@@ -287,12 +305,17 @@ async def answer(homeserver: Homeserver, room_id: str, event: Event) -> None:
 async def reply(homeserver: Homeserver, room_id: str, event: RoomMessageText) -> None:
     """Send what reply_to returns for a message."""
     started = time.monotonic()
+    writing = asyncio.create_task(reply_to(event))
     try:
-        body = await asyncio.wait_for(reply_to(event), PATIENCE)
+        await asyncio.wait({writing}, timeout=PATIENCE)
+    finally:
+        writing.cancel()
+    try:
+        body = writing.result()
         if body is None:
             return
         content = text_content(body, event)
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         # Not its text, which may quote the message.
         file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__} at {Path(file).name}:{line}"
@@ -311,7 +334,7 @@ def text_content(body: str, event: RoomMessageText) -> dict[str, Any]:
     text = body.encode(errors="replace").decode()
     content: dict[str, Any] = {"msgtype": "m.text", "body": text, "m.mentions": {}}
     match event.source["content"].get("m.relates_to"):
-        case {"rel_type": "m.thread", "event_id": str(root)}:
+        case {"rel_type": "m.thread", "event_id": str(root)} if root.isprintable():
             content["m.relates_to"] = {
                 "rel_type": "m.thread",
                 "event_id": root,
@@ -334,11 +357,9 @@ async def tell_encrypted(homeserver: Homeserver, room_id: str) -> None:
 
 async def send(homeserver: Homeserver, room_id: str, content: dict[str, Any], tx_id: str) -> bool:
     """Send a message, once however often it is tried with this transaction ID; tell if it went."""
-    client = homeserver.client
+    call = partial(homeserver.client.room_send, room_id, "m.room.message", content, tx_id)
     try:
-        await homeserver.request(
-            lambda: client.room_send(room_id, "m.room.message", content, tx_id=tx_id)
-        )
+        await homeserver.request(call, room_id)
     except Failure as failure:
         log.warning("Passed over %s in %s: %s", tx_id, room_id, failure)
         return False
@@ -346,69 +367,183 @@ async def send(homeserver: Homeserver, room_id: str, content: dict[str, Any], tx
 
 
 class Homeserver:
-    """The bot's account on its homeserver: login, requests, and one rule for all their errors."""
+    """The bot's account on its homeserver: login, requests, and one rule for all their errors.
+
+    It also keeps what the bot knows of its rooms, until the process ends.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.client = Client("")
-        self.session = Session("", "", "", "")
-        self.is_other_account = False
-        # Synapse repeats an answer for two minutes to whoever asks with the same parameters, though
+        self.is_known = False  # whether a Matrix homeserver has answered there before
+        # Synapse repeats a response for two minutes to who asks with the same parameters, though
         # messages may have been redacted: so each process asks with others.
         self.hold = SYNC_TIMEOUT - random.randrange(1000)
-        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.told_encrypted: set[str] = set()
         self.answered = 0
+        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.just_joined: set[str] = set()
+        self.told_encrypted: set[str] = set()
+        self.failing_since: dict[str, float] = {}
+        self.last_vital_failure = self.alive_until = 0.0
         self.login_lock = asyncio.Lock()
+        self.slots = asyncio.Semaphore(MAX_REQUESTS)
         self.logins: deque[float] = deque(maxlen=LOGINS)
-        self.alive_until = self.last_vital_failure = 0.0
         self.troubled: set[asyncio.Task[Any] | None] = set()
         self.causes: set[str] = set()
 
-    async def sync(self, since: str | None, sync_filter: dict[str, Any]) -> SyncResponse:
-        """Return the next sync answer; raise Failure if the homeserver refuses `since`."""
-        call = partial(self.client.sync, self.hold, sync_filter, since)
-        response: SyncResponse = await self.request(call, {400} if since else (), vital=True)
-        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        notify(f"STATUS=Answered {self.answered}, last sync at {now}")
-        return response
+    async def connect(self) -> None:
+        """Restore the session or log in; raise Exit if that is refused."""
+        settings, directory = self.settings, self.settings.state_directory
+        session = load_session(directory)
+        self.is_known = session is not None and session.belongs_to(settings)
+        if session and self.is_known:
+            self.client = open_client(session.homeserver, settings.user)
+            self.client.restore_login(session.user_id, session.device_id, session.access_token)
+        else:
+            url = settings.homeserver or await self.discover()
+            self.client = open_client(url, settings.user)
+            self.client.device_id = DEVICE_ID
+        if not re.match(
+            r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self.client.homeserver
+        ):
+            log.warning("%s is not encrypted: others can read along", self.client.homeserver)
+        if settings.access_token or not self.client.access_token:
+            await self.log_in()
+            if session and not self.is_known:
+                log.warning("Not using the state of %s at %s", session.user_id, session.homeserver)
+                (directory / "next_batch").unlink(missing_ok=True)
+            self.save_session()
+        self.is_known = True
+        log.info("Logged in as %s, device id: %s.", self.client.user_id, self.client.device_id)
 
-    async def request(
-        self, call: Call, final: Container[int] = REFUSED, vital: bool = False
-    ) -> Any:
+    async def discover(self) -> str:
+        """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
+        server_name = self.settings.user.partition(":")[2]
+        self.client = open_client("https://" + re.sub(r":\d+$", "", server_name))
+        try:
+            found = await self.request(self.client.discovery_info, final=ANSWERED)
+            if is_base_url(found.homeserver_url):
+                return str(found.homeserver_url)
+            problem = "its base_url is malformed"
+        except Failure as failure:
+            if failure.status == 404:
+                return f"https://{server_name}"
+            problem = str(failure)
+        finally:
+            await self.client.close()
+        url = f"{self.client.homeserver}/.well-known/matrix/client"
+        raise Exit(78, f"{url} names no homeserver ({problem}): set MATRIX_HOMESERVER")
+
+    async def log_in(self) -> None:
+        """Log in, on the same device as before; raise Exit if that is refused."""
+        client, settings = self.client, self.settings
+        if len(self.logins) == LOGINS:
+            wait = self.logins[0] + LOGIN_WINDOW - time.monotonic()
+            self.alive_until = time.monotonic() + wait + ALIVE
+            await asyncio.sleep(wait)
+        self.logins.append(time.monotonic())
+        client.access_token = settings.access_token or client.access_token
+        login = partial(client.login, settings.password, "echobot")
+        try:
+            found = await self.request(
+                client.whoami if settings.access_token else login, final=ANSWERED
+            )
+        except Failure as failure:
+            url, secret = client.homeserver, "ACCESS_TOKEN" if settings.access_token else "PASSWORD"
+            if failure.errcode and failure.status != 404:
+                problem = f"{url} refuses {settings.user} ({failure})"
+                raise Exit(77, f"{problem}: check MATRIX_USER and MATRIX_{secret}") from None
+            problem = f"no Matrix homeserver answers at {url} ({failure})"
+            raise Exit(78, f"{problem}: check MATRIX_HOMESERVER") from None
+        if not same_user(found.user_id, settings.user):
+            raise Exit(78, f"MATRIX_ACCESS_TOKEN is of {found.user_id}: check MATRIX_USER")
+        access_token = settings.access_token or found.access_token
+        client.restore_login(found.user_id, found.device_id or "", access_token)
+
+    def save_session(self) -> None:
+        """Save where and as whom we are logged in, but not an access token that we were given."""
+        client, directory = self.client, self.settings.state_directory
+        access_token = "" if self.settings.access_token else client.access_token
+        session = Session(client.homeserver, client.user_id, client.device_id or "", access_token)
+        try:
+            replace_file(directory / "session.json", json.dumps(asdict(session)))
+        except OSError as error:
+            log.error("Can't save session.json in %s: %s", directory, error.strerror)
+
+    async def sync(self, since: str | None) -> SyncResponse:
+        """Return the next sync response; raise Failure if the homeserver refuses `since`.
+
+        Without `since` it tells of the position and of pending invitations only.
+        """
+        messages = {**MESSAGES, "limit": 100, "not_senders": [self.client.user_id]}
+        # Without `since` the homeserver does not wait for news, but may take minutes to answer.
+        hold = self.hold if since else 8 * self.hold
+        call = partial(self.client.sync, hold, sync_filter(messages if since else NOTHING), since)
+        while True:
+            access_token = self.client.access_token
+            try:
+                response: SyncResponse = await self.request(
+                    call, final={400, 401} if since else {401}
+                )
+            except Failure as failure:
+                if failure.status != 401:
+                    raise
+                # Only here, as any server can have the join of its room answered with 401.
+                await self.renew(access_token)
+            else:
+                now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+                notify(f"STATUS=Answered {self.answered}, last sync at {now}")
+                return response
+
+    async def renew(self, access_token: str) -> None:
+        """Log in again, unless the access token was renewed meanwhile."""
+        async with self.login_lock:
+            if self.client.access_token == access_token:
+                log.warning("The access token is no longer valid: logging in again")
+                await self.log_in()
+                self.save_session()
+
+    async def request(self, call: Call, room_id: str = "", final: Container[int] = REFUSED) -> Any:
         """Return the response to a request; repeat it while that may help, else raise Failure.
 
-        Not repeated: what the homeserver itself answers with a status in `final`, and what fails
-        for PATIENCE s while `vital` requests, those that the whole bot waits for, do not.
+        Not repeated is what the homeserver itself refuses with an HTTP status in `final`, nor what
+        fails in a room for PATIENCE s while requests of no room, for which all wait, do not.
         """
-        started = time.monotonic()
-        try:
-            for attempt in itertools.count():
-                access_token = self.session.access_token
-                if vital:
-                    self.alive_until = time.monotonic() + 2 * REQUEST_TIMEOUT
-                try:
-                    return await respond(call)
-                except Failure as failure:
-                    # Without an errcode it may come from a proxy whose homeserver is restarting.
-                    certain = failure.errcode or (vital and (failure.status == 404 or attempt >= 4))
-                    if certain and failure.status in final:
-                        raise
-                    if failure.errcode and failure.status == 401:
-                        await self.log_in(access_token)
-                        continue
+        attempt = strange = 0
+        while True:
+            if not room_id:
+                self.alive_until = time.monotonic() + ALIVE
+            try:
+                async with self.slots if room_id else contextlib.nullcontext():
+                    response = await outcome(call)
+                self.failing_since.pop(room_id, None)
+                self.note_end_of_trouble("No more trouble with %s")
+                return response
+            except Failure as failure:
+                # Without an errcode it may come from a proxy whose homeserver is restarting.
+                strange = strange + 1 if failure.status and not failure.errcode else 0
+                no_matrix = not self.is_known and (failure.status == 404 or strange == 5)
+                is_refused = failure.status in final and (failure.errcode or no_matrix)
+                if is_refused or (room_id and attempt >= 3 and self.is_overdue(room_id, failure)):
+                    self.note_end_of_trouble("Given up on a request to %s")
+                    raise
+                # A room's rate limit is no trouble: every reply may meet it.
+                if not room_id or failure.status != 429:
                     self.note_trouble(failure)
-                    now, wait = time.monotonic(), failure.retry_after or backoff(attempt)
-                    if vital:
-                        self.last_vital_failure = now
-                        self.alive_until += wait
-                    elif failure.status == 429:
-                        started = now
-                    elif now - max(started, self.last_vital_failure) > PATIENCE:
-                        raise
-                    await asyncio.sleep(wait)
-        finally:
-            self.note_end_of_trouble()
+                wait = max(failure.retry_after, backoff(0 if failure.retry_after else attempt))
+                if not room_id:
+                    self.last_vital_failure = time.monotonic()
+                    self.alive_until += wait
+                attempt += 1
+                await asyncio.sleep(wait)
+
+    def is_overdue(self, room_id: str, failure: Failure) -> bool:
+        """Tell whether a room has had nothing but failures for too long, other than rate limits."""
+        now = time.monotonic()
+        since = self.failing_since.setdefault(room_id, now)
+        if failure.status == 429:
+            self.failing_since[room_id] = since = now
+        return now - max(since, self.last_vital_failure) > PATIENCE
 
     def note_trouble(self, failure: Failure) -> None:
         """Log what is wrong, each cause once until nothing is."""
@@ -417,107 +552,13 @@ class Homeserver:
             self.causes.add(str(failure))
             log.warning("Trouble with %s: %s; trying again", self.client.homeserver, failure)
 
-    def note_end_of_trouble(self) -> None:
-        """Log that the last request in trouble is over it."""
+    def note_end_of_trouble(self, message: str) -> None:
+        """Log how the last request in trouble came out of it."""
         if asyncio.current_task() in self.troubled:
             self.troubled.remove(asyncio.current_task())
             if not self.troubled:
                 self.causes.clear()
-                log.info("No more trouble with %s", self.client.homeserver)
-
-    async def connect(self) -> None:
-        """Restore the session or log in; raise Exit if that is refused."""
-        settings = self.settings
-        stored = load_session(settings.state_directory)
-        if stored and stored.belongs_to(settings.user, settings.homeserver):
-            self.session = stored
-        else:
-            # The device ID is ours and saved first: a crash amid the login costs no other device.
-            url = settings.homeserver or await self.discover()
-            self.session = Session(url, settings.user, secrets.token_hex(5).upper(), "")
-            self.is_other_account = stored is not None
-            if stored:
-                log.warning("Not using the state of %s at %s", stored.user_id, stored.homeserver)
-            else:
-                self.save_session()
-        url = self.session.homeserver
-        if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
-            log.warning("%s is not encrypted: anybody on the way can read the password", url)
-        self.client = open_client(url, settings.user)
-        if settings.access_token or not self.session.access_token:
-            await self.log_in(self.session.access_token)
-        session = self.session
-        self.client.restore_login(session.user_id, session.device_id, session.access_token)
-        log.info("Logged in as %s, device id: %s.", session.user_id, session.device_id)
-
-    async def discover(self) -> str:
-        """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
-        server_name = self.settings.user.partition(":")[2]
-        self.client = open_client("https://" + re.sub(r":\d+$", "", server_name))
-        try:
-            found = await self.request(self.client.discovery_info, ANSWERED, vital=True)
-        except Failure as failure:
-            if failure.status == 404:
-                return f"https://{server_name}"
-            problem = f"{self.client.homeserver}/.well-known/matrix/client is no use ({failure})"
-            raise Exit(78, f"{problem}: set MATRIX_HOMESERVER") from None
-        finally:
-            await self.client.close()
-        return str(found.homeserver_url)
-
-    async def log_in(self, rejected: str) -> None:
-        """Log in anew, on the same device, unless the `rejected` access token was replaced already.
-
-        Raise Exit if that is refused.
-        """
-        async with self.login_lock:
-            settings, session, client = self.settings, self.session, self.client
-            if session.access_token != rejected:
-                client.access_token = session.access_token
-                return
-            if rejected:
-                log.warning("The access token is no longer valid: logging in again")
-            if len(self.logins) == LOGINS:
-                await asyncio.sleep(self.logins[0] + LOGIN_WINDOW - time.monotonic())
-            self.logins.append(time.monotonic())
-            client.access_token, client.device_id = settings.access_token, session.device_id
-            login = partial(client.login, settings.password, "echobot")
-            try:
-                answer = await self.request(
-                    client.whoami if settings.access_token else login, ANSWERED, vital=True
-                )
-            except Failure as failure:
-                raise refusal(settings, client.homeserver, failure) from None
-            token = settings.access_token or answer.access_token
-            self.session = Session(
-                session.homeserver, answer.user_id, answer.device_id or "", token
-            )
-            if not self.session.belongs_to(settings.user, ""):
-                raise Exit(78, f"MATRIX_ACCESS_TOKEN is of {answer.user_id}: check MATRIX_USER")
-            client.access_token = token
-            self.save_session()
-
-    def save_session(self) -> None:
-        """Save the session, and drop the position if that was another account's."""
-        directory, session = self.settings.state_directory, self.session
-        if self.settings.access_token:
-            session = replace(session, access_token="")
-        try:
-            if self.is_other_account:
-                (directory / "next_batch").unlink(missing_ok=True)
-            replace_file(directory / "session.json", json.dumps(asdict(session)))
-        except OSError as error:
-            log.error("Can't save session.json in %s: %s", directory, error.strerror)
-
-
-def refusal(settings: Settings, homeserver: str, failure: Failure) -> Exit:
-    """Return what to exit with after the login failed for good."""
-    if failure.errcode and failure.status != 404:
-        secret = "MATRIX_ACCESS_TOKEN" if settings.access_token else "MATRIX_PASSWORD"
-        problem = f"{homeserver} refuses {settings.user} ({failure})"
-        return Exit(77, f"{problem}: check MATRIX_USER and {secret}")
-    problem = f"no Matrix homeserver answers at {homeserver} ({failure})"
-    return Exit(78, f"{problem}: check MATRIX_HOMESERVER")
+                log.info(message, self.client.homeserver)
 
 
 class Failure(Exception):
@@ -532,28 +573,27 @@ class Failure(Exception):
         self.status, self.errcode, self.retry_after = status, errcode, retry_after
 
 
-async def respond(call: Call) -> Any:
+async def outcome(call: Call) -> Any:
     """Return the response to one request; raise Failure for all else that can come of it."""
     try:
         response = await call()
-    except LocalProtocolError:
-        # A soft logout made nio forget its access token.
-        raise Failure("logged out", 401, "M_UNKNOWN_TOKEN") from None
     except asyncio.TimeoutError:
         raise Failure("no answer in time") from None
-    except (aiohttp.ClientError, OSError) as error:
+    except (aiohttp.ClientConnectionError, OSError) as error:
         raise Failure(str(error) or type(error).__name__) from None
     except Exception as error:
-        # Without its text, which may quote the answer.
-        raise Failure(f"an answer that can't be read ({type(error).__name__})") from None
-    if not isinstance(response, ErrorResponse):
+        # Without its text, which may quote the answer, or a proxy's password.
+        raise Failure(f"{type(error).__name__} {getattr(error, 'status', '')}".strip()) from None
+    http: Any = response.transport_response
+    if http.status == 200 and not isinstance(response, ErrorResponse):
         return response
-    transport: Any = response.transport_response
-    errcode = response.status_code or ""
-    header = transport.headers.get("Retry-After", "")
-    wait = float(header) if header.isdecimal() else (response.retry_after_ms or 0) / 1000
-    cause = f"HTTP {transport.status} {errcode or 'without a Matrix answer'}"
-    raise Failure(cause, transport.status, errcode, min(wait, MAX_RETRY_AFTER))
+    errcode, wait_ms = "", 0
+    if isinstance(response, ErrorResponse):
+        errcode, wait_ms = response.status_code or "", response.retry_after_ms or 0
+    seconds = http.headers.get("Retry-After", "")
+    wait = float(seconds) if seconds.isdecimal() else wait_ms / 1000
+    cause = f"HTTP {http.status} {errcode or 'without a Matrix response'}"
+    raise Failure(cause, http.status, errcode, min(wait, MAX_RETRY_AFTER))
 
 
 def backoff(attempt: int) -> float:
@@ -564,19 +604,18 @@ def backoff(attempt: int) -> float:
 class Client(AsyncClient):
     """nio's client, but one odd event does not cost the whole answer that it came with."""
 
-    reported: frozenset[str] = frozenset()
+    odd: frozenset[str] = frozenset()
 
     async def create_matrix_response(
         self, response_class: Any, transport_response: Any, data: Any = (), save_to: Any = None
     ) -> Any:
         """Parse an answer; if nio fails on it, parse what is left without its odd parts."""
+        cause = "not as specified"
         try:
-            response = await super().create_matrix_response(
-                response_class, transport_response, data, save_to
-            )
+            parse = super().create_matrix_response
+            response = await parse(response_class, transport_response, data, save_to)
             if not isinstance(response, ErrorResponse) or transport_response.status != 200:
                 return response
-            cause = "against the schema"
         except NO_ANSWER:
             raise
         except Exception as error:
@@ -584,34 +623,54 @@ class Client(AsyncClient):
         body = parsable(await self.parse_body(transport_response))
         response = response_class.from_dict(body, *(data or ()))
         response.transport_response = transport_response
-        if not isinstance(response, ErrorResponse) and cause not in self.reported:
-            self.reported |= {cause}
+        if not isinstance(response, ErrorResponse) and cause not in self.odd:
+            self.odd |= {cause}
             log.error("nio can't parse an answer (%s): passing over the odd parts of it", cause)
         return response
 
     async def receive_response(self, response: Any) -> None:
-        """Keep no picture of the rooms: it is not used here, takes memory and can fail."""
-        if not isinstance(response, SyncResponse):
-            await super().receive_response(response)
+        """Change nothing: nio's picture of the rooms is not used, and logging in is ours."""
 
 
-def parsable(answer: Any) -> Any:
-    """Return the parts of a sync or messages answer that are used here and that nio can parse."""
-    if isinstance(answer, dict):
-        return {
-            key: parsable(part)
-            for key, part in answer.items()
-            if isinstance(part, USED.get("!" if key.startswith("!") else key, ()))
-        }
-    return list(filter(can_parse, answer)) if isinstance(answer, list) else answer
+def sync_filter(timeline: dict[str, Any]) -> dict[str, Any]:
+    """Return a filter that lets through the timeline events of that filter and nothing else."""
+    room = {"timeline": timeline, **dict.fromkeys(("state", "ephemeral", "account_data"), NOTHING)}
+    return {"room": room, "presence": NOTHING, "account_data": NOTHING}
 
 
-def can_parse(event: Any) -> bool:
-    """Tell whether nio can parse an event."""
+def parsable(body: Any) -> dict[str, Any]:
+    """Return what is used here of a response to sync or messages, as far as nio can parse it."""
+
+    def part(whole: Any, name: str, kind: Any) -> Any:
+        value = whole.get(name) if isinstance(whole, dict) else None
+        return value if isinstance(value, kind) else kind()
+
+    def events(whole: Any, name: str, kind: Any = Event) -> list[Any]:
+        return [event for event in part(whole, name, list) if can_parse(kind, event)]
+
+    rooms, join, invite = part(body, "rooms", dict), {}, {}
+    for room_id, room in part(rooms, "join", dict).items():
+        timeline = part(room, "timeline", dict)
+        limited = part(timeline, "limited", bool)
+        join[room_id] = {"timeline": {"events": events(timeline, "events"), "limited": limited}}
+    for room_id, room in part(rooms, "invite", dict).items():
+        state = events(part(room, "invite_state", dict), "events", InviteEvent)
+        invite[room_id] = {"invite_state": {"events": state}}
+    tokens = {name: part(body, name, str) for name in ("next_batch", "start", "end")}
+    return {
+        **{name: token for name, token in tokens.items() if token},
+        "rooms": {"join": join, "invite": invite},
+        "chunk": events(body, "chunk"),
+    }
+
+
+def can_parse(kind: Any, event: Any) -> bool:
+    """Tell whether nio can parse an event as an Event or an InviteEvent."""
     try:
-        return bool(Event.parse_event(event))
+        kind.parse_event({**event})
     except Exception:
         return False
+    return True
 
 
 def open_client(homeserver: str, user: str = "") -> Client:
@@ -621,8 +680,13 @@ def open_client(homeserver: str, user: str = "") -> Client:
     )
     client = Client(homeserver, user, config=config)
     url = urlsplit(homeserver)
-    bypass = urllib.request.proxy_bypass(url.hostname or "")
-    proxy = None if bypass else urllib.request.getproxies().get(url.scheme)
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if not proxy or urllib.request.proxy_bypass(url.hostname or ""):
+        proxy = None
+    elif not is_base_url(proxy := proxy if "://" in proxy else f"http://{proxy}"):
+        raise Exit(
+            78, f"{url.scheme.upper()}_PROXY is malformed: set it to a URL like http://host:3128"
+        )
     # nio's own session ends at 100 connections: that many sends that hang would stop the poll.
     connector = aiohttp.TCPConnector(limit=0)
     client.client_session = aiohttp.ClientSession(connector=connector, proxy=proxy)
@@ -636,15 +700,18 @@ class Session:
     homeserver: str
     user_id: str
     device_id: str
-    access_token: str = ""
+    access_token: str
 
-    def belongs_to(self, user: str, homeserver: str) -> bool:
-        """Tell whether it is of this user ID or localpart, and of this homeserver if not ""."""
-        mine, other = (
-            user_id.lower().lstrip("@").partition(":") for user_id in (self.user_id, user)
-        )
-        is_user = mine == other or (mine[0] == other[0] and "" in (mine[2], other[2]))
-        return is_user and homeserver in ("", self.homeserver)
+    def belongs_to(self, settings: Settings) -> bool:
+        """Tell whether it is of the user and, if one is given, the homeserver of the settings."""
+        is_user = same_user(self.user_id, settings.user)
+        return is_user and settings.homeserver in ("", self.homeserver)
+
+
+def same_user(user_id: str, user: str) -> bool:
+    """Tell whether a user ID is that of a user ID or localpart."""
+    user_id, user = user_id.lower(), user.lower()
+    return user == user_id or f"@{user}" == user_id.partition(":")[0]
 
 
 def load_session(directory: Path) -> Session | None:
@@ -669,9 +736,10 @@ def load_next_batch(directory: Path) -> str | None:
         return None
     except OSError as error:
         raise Exit(78, f"can't read next_batch in {directory} ({error.strerror})") from None
-    if not next_batch:
-        log.error("next_batch in %s is empty: starting from now instead", directory)
-    return next_batch or None
+    if not re.fullmatch(r"[!-~]{1,4096}", next_batch):
+        log.error("next_batch in %s is no sync token: starting from now instead", directory)
+        return None
+    return next_batch
 
 
 async def save_in_order(batches: Batches, directory: Path) -> None:
@@ -712,16 +780,16 @@ def locked(directory: Path) -> Iterator[None]:
     """Hold a state directory for this process alone; raise Exit if that is not possible."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        os.close(os.open(directory / "next_batch.tmp", os.O_WRONLY | os.O_CREAT, 0o600))
-    except OSError as error:
-        problem = f"can't write to the state directory {directory} ({error.strerror})"
-        raise Exit(78, f"{problem}: set STATE_DIRECTORY to one that is writable") from None
-    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        os.close(os.open(directory / "next_batch.tmp", os.O_WRONLY | os.O_CREAT, 0o600))
     except BlockingIOError:
         problem = f"another copy is running on the state directory {directory}"
         raise Exit(75, f"{problem}: stop it, or set another STATE_DIRECTORY") from None
+    except OSError as error:
+        problem = f"can't use the state directory {directory} ({error.strerror})"
+        raise Exit(78, f"{problem}: set STATE_DIRECTORY to one that is writable") from None
+    try:
+        yield
     finally:
         os.close(descriptor)
 
@@ -738,44 +806,48 @@ class Settings:
     state_directory: Path
     log_level: str
 
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
-        """Read the settings; raise Exit with all that is missing or malformed."""
 
-        def get(name: str, default: str = "") -> str:
-            return environment.get(name) or default
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Return the settings; raise Exit with all that is missing or malformed."""
+    problems = []
 
-        settings = cls(
-            user=get("MATRIX_USER"),
-            password=get("MATRIX_PASSWORD"),
-            access_token=get("MATRIX_ACCESS_TOKEN"),
-            homeserver=get("MATRIX_HOMESERVER").rstrip("/"),
-            inviters=get("MATRIX_INVITERS", "*").split(),
-            state_directory=Path(get("STATE_DIRECTORY", ".")),
-            log_level=get("LOG_LEVEL", "INFO").upper(),
-        )
-        if problems := list(settings.problems()):
-            raise Exit(78, "; ".join(problems))
-        return settings
+    def get(name: str, default: str = "", form: str = r"(?s).*", hint: str = "") -> str:
+        value = environment.get(name) or default
+        if not re.fullmatch(form, value):
+            problems.append(f"{name} is {'malformed' if value else 'missing'}: set it to {hint}")
+        return value
 
-    def problems(self) -> Iterator[str]:
-        """Say what is missing or malformed, and what to do."""
-        if not self.user:
-            yield "MATRIX_USER is missing: set it to a user ID like @bot:example.org"
-        elif not re.fullmatch(r"@[^\s:]+:[^\s/@]+|[^\s:@]+", self.user):
-            yield "MATRIX_USER is malformed: set it to a user ID like @bot:example.org"
-        elif ":" not in self.user and not self.homeserver:
-            yield "MATRIX_HOMESERVER is missing: set it, or MATRIX_USER to a full user ID"
-        if not self.password and not self.access_token:
-            yield "MATRIX_PASSWORD is missing: set it or MATRIX_ACCESS_TOKEN"
-        if not re.fullmatch(r"[!-~]*", self.access_token):
-            yield "MATRIX_ACCESS_TOKEN is malformed: it has spaces or other odd characters"
-        if not re.fullmatch(r"(https?://[^\s/?#@]+(/[^\s?#]*)?)?", self.homeserver):
-            yield "MATRIX_HOMESERVER is malformed: set it to a URL like https://matrix.example.org"
-        if not all(re.match(r"[@*?\[]", pattern) for pattern in self.inviters):
-            yield "MATRIX_INVITERS is malformed: set it to user ID patterns like @*:example.org"
-        if self.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            yield "LOG_LEVEL is malformed: set it to DEBUG, INFO, WARNING or ERROR"
+    user = get("MATRIX_USER", "", r"@[^\s:]+:[^\s/@]+|[^\s:@]+", "a user ID like @bot:example.org")
+    password = get("MATRIX_PASSWORD")
+    access_token = get("MATRIX_ACCESS_TOKEN", "", r"[!-~]*", "an access token, without spaces")
+    homeserver = get("MATRIX_HOMESERVER").rstrip("/")
+    if homeserver and not is_base_url(homeserver):
+        problems.append("MATRIX_HOMESERVER is malformed: set it to a URL like https://example.org")
+    patterns = r"\s*([@*?[]\S*(\s+|$))+"
+    inviters = get("MATRIX_INVITERS", "*", patterns, "user ID patterns like @*:example.org")
+    levels = "DEBUG|INFO|WARNING|ERROR"
+    log_level = get("LOG_LEVEL", "INFO", f"(?i){levels}", levels.replace("|", " or ")).upper()
+    if not password and not access_token:
+        problems.append("MATRIX_PASSWORD is missing: set it or MATRIX_ACCESS_TOKEN")
+    if user and ":" not in user and not homeserver:
+        problems.append("MATRIX_HOMESERVER is missing: set it, or MATRIX_USER to a full user ID")
+    if problems:
+        raise Exit(78, "; ".join(problems))
+    directory = Path(get("STATE_DIRECTORY", "."))
+    return Settings(
+        user, password, access_token, homeserver, inviters.split(), directory, log_level
+    )
+
+
+def is_base_url(text: str) -> bool:
+    """Tell whether a text is an http or https URL with a host and a port that can be."""
+    try:
+        url = urlsplit(text)
+        host = (url.hostname or "").encode("idna")
+        is_clean = not re.search(r"[\s?#]", text)
+        return is_clean and url.scheme in ("http", "https") and bool(host) and url.port != 0
+    except ValueError:
+        return False
 
 
 def set_up_logging(level: str) -> None:
@@ -797,8 +869,10 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         name = "\0" + address[1:] if address.startswith("@") else address
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        with socket.socket(socket.AF_UNIX, kind) as systemd, contextlib.suppress(OSError):
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+        ):
             systemd.sendto(state.encode(), name)
 
 

@@ -57,6 +57,7 @@ class Bot:
         self.directory = directory
         self.state = directory / "state"
         self.state.mkdir(exist_ok=True)
+        self.python = Path(sys.executable)
         self.script = ECHOBOT
         self.environment = {
             "MATRIX_HOMESERVER": homeserver_url,
@@ -73,7 +74,7 @@ class Bot:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
         with self.log_path.open("a") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
+                str(self.python),
                 str(self.script),
                 *arguments,
                 env={**inherited, **self.environment},

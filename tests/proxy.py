@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class Injection:
         self.happened += 1
         return True
 
+    async def has_happened(self) -> bool:
+        """Tell whether it has hit any request, for those who wait for that."""
+        return self.happened > 0
+
 
 class Proxy:
     """Listens on a free port of loopback, passes on what no fault hits, and counts."""
@@ -56,11 +61,12 @@ class Proxy:
         self.requests: list[str] = []
         self.bytes_to_bot = 0
         self.injections: list[Injection] = []
+        self.closing = asyncio.Event()
         self._http: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
 
-    async def start(self) -> None:
-        """Start to listen."""
+    async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        """Start to listen, at a free port unless told."""
         # Answers pass as they are: compressed stays compressed.
         self._http = aiohttp.ClientSession(
             auto_decompress=False, connector=aiohttp.TCPConnector(limit=0)
@@ -69,12 +75,14 @@ class Proxy:
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls)
         await site.start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def close(self) -> None:
         """Stop to listen and drop all connections."""
+        self.closing.set()
         if self._runner is not None:
             await self._runner.cleanup()
         if self._http is not None:
@@ -117,12 +125,14 @@ class Proxy:
         if plain:
             left_out.add("accept-encoding")
         headers = {k: v for k, v in request.headers.items() if k.lower() not in left_out}
+        # To a proxy of HTTP_PROXY a request comes with a whole URL.
+        path = re.sub(r"^http://[^/]*", "", request.raw_path)
         if plain:
             headers["Accept-Encoding"] = "identity"
         try:
             async with self._http.request(
                 request.method,
-                self.upstream + request.raw_path,
+                self.upstream + path,
                 data=await request.read(),
                 headers=headers,
                 allow_redirects=False,
@@ -195,8 +205,8 @@ async def empty_object(proxy: Proxy, request: web.Request) -> web.StreamResponse
 
 async def silence(proxy: Proxy, request: web.Request) -> web.StreamResponse:
     """The request is accepted and never answered."""
-    await asyncio.Event().wait()
-    raise AssertionError("unreachable")
+    await proxy.closing.wait()
+    return cut(request)
 
 
 def rate_limited(retry_after_ms: int) -> Fault:
@@ -261,10 +271,12 @@ def rewrite(change: Callable[[Any], Any]) -> Fault:
 
 
 @asynccontextmanager
-async def running_proxy(upstream: str) -> AsyncIterator[Proxy]:
+async def running_proxy(
+    upstream: str, port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Proxy]:
     """Run a proxy in front of a URL for the length of the block."""
     proxy = Proxy(upstream)
-    await proxy.start()
+    await proxy.start(port, tls)
     try:
         yield proxy
     finally:

@@ -103,6 +103,29 @@ async def test_pending_invitation_is_not_forgotten_by_a_kill_in_the_first_start(
     assert await people.replies(alice, room_id, 1) == ["meanwhile"]
 
 
+async def test_command_sent_while_the_join_hangs_is_answered(
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """What is said between invitation and join counts, though polls for other rooms pass it by."""
+    busy = await people.room_with_bot(alice)
+    await proxied_bot.start()
+    await proxied_bot.ready()
+    until = asyncio.Event()
+    with proxy.inject(faults.hold(until), faults.JOIN) as hanging:
+        invited = await alice.create_room(people.bot_id)
+        await alice.send(busy, "!replybot 0")
+        await people.replies(alice, busy, 1)
+        await alice.send(invited, "!replybot early")
+        for n in (1, 2):
+            await alice.send(busy, f"!replybot {n}")
+            await people.replies(alice, busy, n + 1)
+        assert hanging.happened
+        until.set()
+        await joined(people, alice, invited)
+    await alice.send(invited, "!replybot late")
+    assert await people.replies(alice, invited, 2) == ["early", "late"]
+
+
 async def test_join_is_repeated_after_an_error(
     people: People, alice: User, proxied_bot: Bot, proxy: Proxy
 ) -> None:

@@ -1,0 +1,197 @@
+"""A homeserver, the bot and a chat prompt in one command, without an account.
+
+    python tests/playground.py
+
+What you type goes to a room that the bot is in; what it answers appears under it. Ctrl-D or Ctrl-C
+ends it, and nothing is left behind. With input from a pipe only the answers go to stdout, and it
+ends once all is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from bot import Bot, eventually, new_bot
+from homeserver import PASSWORD, SERVER_NAME, Homeserver, User, running_homeserver
+
+INTERACTIVE = sys.stdin.isatty()
+PROMPT, CLEAR_LINE = ("> ", "\r\x1b[K") if INTERACTIVE else ("", "")
+
+WELCOME = f"""
+You are @alice:{SERVER_NAME}, in a room with @bot:{SERVER_NAME}. Try: !replybot hello
+Ctrl-D ends it.
+
+To join with a Matrix client on this machine, log in there with
+    homeserver  {{url}}
+    user        alice
+    password    {PASSWORD}
+
+"""
+
+
+async def main() -> int:
+    """Run the playground until its input ends; return the exit status."""
+    playing = asyncio.current_task()
+    assert playing is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            with progress("Starting a homeserver"):
+                homeserver = await stack.enter_async_context(running_homeserver())
+            with progress("Starting echobot.py"):
+                bot = await stack.enter_async_context(new_bot(homeserver.url))
+                room = await Room.with_bot(homeserver, bot)
+            tell(WELCOME.format(url=homeserver.url) if INTERACTIVE else "")
+            await chat(room)
+    except asyncio.CancelledError:
+        return 0 if INTERACTIVE else 130
+    except (AssertionError, RuntimeError) as error:
+        tell(f"{error}\n")
+        return 1
+    finally:
+        tell("\n" if INTERACTIVE else "")
+    return 0
+
+
+async def chat(room: Room) -> None:
+    """Send what is typed and show what is said, until the input ends and all of it is answered."""
+    assert room.bot.process is not None
+    showing = asyncio.create_task(room.show_for_ever())
+    dying = asyncio.create_task(room.bot.process.wait())
+    talking = asyncio.create_task(talk(room))
+    try:
+        await asyncio.wait({showing, dying, talking}, return_when=asyncio.FIRST_COMPLETED)
+        if dying.done():
+            raise RuntimeError(f"echobot.py ended by itself:\n{room.bot.log}")
+    finally:
+        for task in (showing, dying, talking):
+            task.cancel()
+    await talking
+    await room.show()
+
+
+async def talk(room: Room) -> None:
+    """Send what is typed; return once the bot has dealt with all of it."""
+    write(PROMPT)
+    async for line in typed_lines():
+        if line:
+            await room.user.send(room.room_id, line)
+        write(PROMPT)
+    await eventually(room.is_answered, float("inf"))
+
+
+async def typed_lines() -> AsyncIterator[str]:
+    """Yield the lines of stdin, whatever it is: a terminal, a pipe or a file."""
+    lines: asyncio.Queue[str | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        # Without a buffer: its lock, held while this waits, would hinder the end of the program.
+        with open(0, "rb", buffering=0, closefd=False) as stdin, contextlib.suppress(RuntimeError):
+            for line in stdin:
+                loop.call_soon_threadsafe(lines.put_nowait, line.decode(errors="replace").strip())
+            loop.call_soon_threadsafe(lines.put_nowait, None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (line := await lines.get()) is not None:
+        yield line
+
+
+class Room:
+    """A room with the bot, as seen by somebody in it; what lies before `since` was shown."""
+
+    def __init__(self, user: User, bot: Bot, room_id: str, since: str) -> None:
+        self.user, self.bot, self.room_id, self.since = user, bot, room_id, since
+        self.log_shown = 0
+
+    @classmethod
+    async def with_bot(cls, homeserver: Homeserver, bot: Bot) -> Room:
+        """Register the accounts, start the bot and wait until it has joined a room."""
+        account, user = [await homeserver.register(name) for name in ("bot", "alice")]
+        room_id = await user.create_room(account.user_id, name="echobot playground")
+        # Ctrl-C in a terminal is for the playground, which then stops the bot.
+        await bot.start(start_new_session=True)
+
+        async def joined_or_ended() -> bool:
+            return not bot.running or account.user_id in await user.members(room_id)
+
+        await eventually(joined_or_ended, 60, "the bot's join")
+        return cls(user, bot, room_id, (await user.request("GET", "/sync"))["next_batch"])
+
+    async def show_for_ever(self) -> None:
+        """Show what is said as it comes."""
+        while True:
+            await self.show(wait=1000)
+            # In a burst the homeserver has better things to do.
+            await asyncio.sleep(0.1)
+
+    async def show(self, wait: int = 0) -> None:
+        """Show what others have said since the last time; wait up to so many ms for something."""
+        sync = await self.user.request("GET", "/sync", since=self.since, timeout=wait)
+        async for event in self.messages(self.since, sync["next_batch"]):
+            # Our own messages, which are on the screen already, have a transaction ID.
+            if "transaction_id" not in event["unsigned"]:
+                name = f"{event['sender'][1:].partition(':')[0]}: " if INTERACTIVE else ""
+                write(f"{CLEAR_LINE}{name}{event['content'].get('body')}\n{PROMPT}")
+        self.since = sync["next_batch"]
+        self.show_trouble()
+
+    def show_trouble(self) -> None:
+        """Show what the bot has newly complained of."""
+        lines = self.bot.log.splitlines()
+        for line in lines[self.log_shown :]:
+            if " INFO " not in line:
+                tell(f"{CLEAR_LINE}echobot.py: {line}\n{PROMPT}")
+        self.log_shown = len(lines)
+
+    async def is_answered(self) -> bool:
+        """Tell whether the bot has saved a position that is past all that we said."""
+        next_batch = (self.bot.state / "next_batch").read_text()
+        said = await self.page(next_batch, limit=1, senders=[self.user.user_id])
+        return not said["chunk"]
+
+    async def messages(self, since: str, to: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages between two positions, oldest first."""
+        while since:
+            page = await self.page(since, to=to)
+            for event in page["chunk"]:
+                yield event
+            since = page.get("end", "")
+
+    async def page(self, since: str, limit: int = 100, to: str = "", **which: object) -> Any:
+        """Return a page of the messages that follow a position."""
+        query = {"from": since, "dir": "f", "limit": limit, **({"to": to} if to else {})}
+        query["filter"] = json.dumps({"types": ["m.room.message"], **which})
+        return await self.user.request("GET", f"/rooms/{self.room_id}/messages", **query)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Tell what is being done, and at its end how long it took."""
+    tell(f"{what} ... ")
+    started = time.monotonic()
+    yield
+    tell(f"{time.monotonic() - started:.1f} s\n")
+
+
+def tell(text: str) -> None:
+    """Write what is not part of the conversation."""
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Write a part of the conversation."""
+    print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

@@ -1,0 +1,419 @@
+"""No event and no answer that nio can't parse stops the bot, or costs any other command.
+
+ECHOBOT_EXAMPLES=500 tries so many new contents and answers instead of the same few.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import proxy as faults
+import pytest
+from bot import Bot, eventually, new_bot
+from conftest import People, new_people
+from homeserver import Homeserver, MatrixError, User
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from proxy import Proxy, running_proxy
+
+EXAMPLES = int(os.environ.get("ECHOBOT_EXAMPLES", "0"))
+SECRET = "hush-hush"  # in every command, and never in the log
+
+Change = tuple[str, Any]
+
+
+def each(name: str, *values: Any) -> list[dict[str, Any]]:
+    """Return objects with a field of that name, one for each value."""
+    return [{name: value} for value in values]
+
+
+def nulls(parent: str, names: str) -> list[Change]:
+    """Return changes that put null in place of these parts."""
+    return [(parent + name, None) for name in names.split()]
+
+
+# Events with what is here in place of their own fields; an ellipsis leaves the field out.
+ODD_EVENTS: list[Any] = [
+    *(None, True, 5, "text", [], {}, [{}]),
+    *each("origin_server_ts", None, "1", -1, 1.5, ...),
+    *each("sender", None, 5, [], "nobody", ...),
+    *each("event_id", None, 5, {}, ...),
+    *each("type", None, 5, ["m.room.message"], ...),
+    *each("content", None, 5, [], "text", {}, {"body": "!replybot"}, {"msgtype": "m.text"}, ...),
+    *each(
+        "content", *({"msgtype": "m.text", **odd} for odd in each("body", None, 5, True, [], {}))
+    ),
+    *each("content", *({"body": "!replybot", **odd} for odd in each("msgtype", None, 5, [], {}))),
+    *each("unsigned", None, 5, [], "redacted_because", {"transaction_id": 5}),
+    {"unsigned": {"redacted_because": None}, "content": ...},
+    {"type": "m.room.encrypted", "content": ...},
+    {"type": "m.room.encrypted", "content": {"algorithm": 5, "sender_key": None}},
+    {"type": "m.room.member", "state_key": None, "content": None},
+    {"type": "m.call.invite", "content": {"version": {}}},
+]
+
+# Commands all the same, with what is here in place of their own content.
+ODD_COMMANDS: list[dict[str, Any]] = [
+    *each("m.relates_to", None, 5, [], {}, "m.replace"),
+    *each("m.relates_to", *each("rel_type", None, 5, [], {}, "")),
+    *each("m.relates_to", *({"rel_type": "m.thread", **o} for o in each("event_id", None, 5, {}))),
+    {"unknown": [[[[[[[[[[[[[[[[{"a": {"b": {"c": {"d": {}}}}}]]]]]]]]]]]]]]]]},
+    {"body": "!replybot " + "x" * 60_000},
+    {"body": "!replybot zero\0byte"},
+    {"body": "!replybot \u202eright to left\u2066 and \u200fback"},
+    {"body": "!replybot \U0001f600 \ufffd \u2028 \x7f"},
+]
+
+ODD_INVITATION = [
+    {"type": "m.room.name", "content": {}, "unsigned": None},
+    {
+        "type": "m.room.member",
+        "sender": "@carol:echobot.test",
+        "state_key": "@bot:echobot.test",
+        "content": {"membership": "invite"},
+        "unsigned": {"prev_content": "none"},
+    },
+]
+
+# What is put into sync answers; "*" stands for each room with commands. nio has other rules for
+# room IDs without a server name, which those of version 12 are.
+ODD_PARTS: dict[str, list[Change]] = {
+    "null account data": nulls("", "account_data"),
+    "null parts": nulls(
+        "",
+        "account_data/events presence to_device/events device_lists device_one_time_keys_count",
+    ),
+    "null kinds of rooms": nulls("rooms/", "leave invite knock"),
+    "lists for objects": [("rooms/leave", []), ("rooms/invite", []), ("presence", [])],
+    "null parts of a room": nulls(
+        "rooms/join/*/",
+        "state ephemeral account_data summary unread_notifications timeline/prev_batch"
+        " timeline/limited unread_thread_notifications/$thread",
+    ),
+    "null rooms": nulls("rooms/", "join/!a:b join/!a leave/!c:d leave/!c invite/!e:f invite/!e"),
+    "null timelines": nulls("rooms/join/", "!a:b/timeline !a/timeline"),
+    "null timeline events": nulls("rooms/join/", "!a:b/timeline/events !a/timeline/events"),
+    "null invitation events": nulls("rooms/invite/", "!a:b/invite_state/events"),
+    "joined rooms without empty fields": [
+        *[(f"rooms/join/{room_id}", {}) for room_id in ("!a:b", "!a")],
+        *[(f"rooms/join/{room_id}", {"timeline": {}}) for room_id in ("!c:d", "!c")],
+    ],
+    "left rooms without empty fields": [("rooms/leave/!a:b", {}), ("rooms/leave/!c", {})],
+    # The text of nio's exception quotes all of it.
+    "left room with a secret": [("rooms/leave/!a/state", {"secret": SECRET})],
+    "invited rooms without empty fields": [("rooms/invite/!a:b", {}), ("rooms/invite/!c", {})],
+    "odd events of an invitation": [("rooms/invite/!a/invite_state/events", ODD_INVITATION)],
+}
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+SCALARS = st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | TEXT
+KEYS = TEXT | st.sampled_from(["events", "content", "type", "sender", "unsigned", "state_key"])
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(KEYS, inner), max_leaves=6
+)
+
+
+def any_of(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy for objects with some of these fields, some of them of any type."""
+    return st.fixed_dictionaries(
+        {}, optional={name: value | JSON for name, value in fields.items()}
+    )
+
+
+EVENT_IDS = st.just("$event") | TEXT
+REL_TYPES = st.sampled_from(["m.thread", "m.replace", "m.annotation", "m.reference"])
+RELATIONS = st.fixed_dictionaries({"rel_type": REL_TYPES, "event_id": st.just("$event")}) | any_of(
+    rel_type=REL_TYPES,
+    event_id=EVENT_IDS,
+    is_falling_back=st.booleans(),
+    **{"m.in_reply_to": any_of(event_id=EVENT_IDS)},
+)
+CONTENTS = st.fixed_dictionaries(
+    {
+        "body": TEXT.map(f"!replybot {SECRET} ".__add__) | TEXT,
+        "msgtype": st.sampled_from(["m.text", "m.text", "m.text", "m.notice", "m.image", ""]),
+    },
+    optional={
+        "m.relates_to": RELATIONS | RELATIONS | JSON,
+        "formatted_body": JSON,
+        "format": JSON,
+        "m.new_content": JSON,
+        "m.mentions": JSON,
+        "url": JSON,
+    },
+)
+ODD_EVENT = JSON | any_of(
+    content=any_of(body=TEXT, msgtype=st.just("m.text"), **{"m.relates_to": RELATIONS}),
+    sender=st.just("@carol:echobot.test"),
+    type=st.sampled_from(["m.room.message", "m.room.encrypted", "m.room.member"]),
+    event_id=EVENT_IDS,
+    origin_server_ts=st.integers(),
+    unsigned=any_of(membership=JSON, redacted_because=JSON, transaction_id=JSON),
+)
+ODD_PART = st.one_of(
+    JSON,
+    st.fixed_dictionaries({"events": JSON}),
+    st.fixed_dictionaries({"timeline": any_of(events=JSON, limited=JSON)}),
+    st.fixed_dictionaries({"invite_state": any_of(events=st.lists(JSON))}),
+)
+PATHS = (
+    "account_data presence to_device device_lists device_one_time_keys_count unknown"
+    " rooms/leave rooms/invite rooms/knock rooms/leave/!a rooms/invite/!a rooms/invite/!b:c"
+    " rooms/join/!d rooms/join/!d:e rooms/join/*/summary rooms/join/*/state"
+    " rooms/join/*/ephemeral rooms/join/*/account_data rooms/join/*/unread_notifications"
+    " rooms/join/*/unread_thread_notifications rooms/join/*/timeline/prev_batch"
+    " rooms/join/*/timeline/limited"
+)
+ODD_CHANGES = st.one_of(
+    st.tuples(st.sampled_from(PATHS.split()), ODD_PART),
+    st.tuples(st.just("rooms/join/*/timeline/an event"), ODD_EVENT),
+)
+BOUNDED = settings(
+    max_examples=EXAMPLES or 30,
+    derandomize=not EXAMPLES,
+    database=None,
+    deadline=None,
+    # One bot has them all, one after the other.
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def put(part: Any, path: str, value: Any) -> None:
+    """Put a value into an answer, at a path whose parts are made if they are not there."""
+    name, _, rest = path.partition("/")
+    if not isinstance(part, dict):
+        return
+    if rest:
+        put(part.setdefault(name, {}), rest, value)
+    elif name == "an event":
+        part["events"] = with_odd_events(part["events"], [value])
+    else:
+        part[name] = copy.deepcopy(value)
+
+
+def with_odd_events(events: list[Any], odd_events: list[Any]) -> list[Any]:
+    """Return events with odd ones after the first; those that are objects are like the first."""
+    first = copy.deepcopy(events[0])
+    first["content"]["body"] = "!replybot odd"
+    made = [{**first, "event_id": "$odd", **e} if isinstance(e, dict) else e for e in odd_events]
+    for event in made:
+        if isinstance(event, dict):
+            for name in [name for name, value in event.items() if value is ...]:
+                del event[name]
+    return [events[0], *made, *events[1:]]
+
+
+def spoilt(answer: Any, changes: list[Change]) -> Any:
+    """Return a sync answer with changes, if it has commands."""
+    rooms = answer.get("rooms", {}).get("join", {})
+    busy = [room_id for room_id in rooms if rooms[room_id].get("timeline", {}).get("events")]
+    if busy:
+        for path, value in changes:
+            for room_id in busy if "*" in path else [""]:
+                put(answer, path.replace("*", room_id), value)
+    return answer
+
+
+class Scene:
+    """A bot behind a proxy, and alice, in a room of version 11 and one of version 12."""
+
+    def __init__(self, people: People, alice: User, bot: Bot, proxy: Proxy, rooms: list[str]):
+        self.people, self.alice, self.bot, self.proxy, self.rooms = people, alice, bot, proxy, rooms
+        self.expected: list[str] = []
+        self.event_id = ""
+
+    async def say(self, count: int) -> None:
+        """Send so many commands to each room."""
+        for _ in range(count):
+            body = f"{SECRET} {len(self.expected)}"
+            for room_id in self.rooms:
+                await self.alice.send(room_id, f"!replybot {body}")
+            self.expected.append(body)
+
+    async def replies(self, room_id: str) -> list[str]:
+        """Return the replies to what was said in a room."""
+        bodies = await self.alice.bodies(room_id, self.people.bot_id)
+        return [body for body in bodies if SECRET in body]
+
+    async def check(self, rooms: int = 2) -> None:
+        """Wait for the replies to all that was said; assert that they came once and in order."""
+        for room_id in self.rooms[:rooms]:
+
+            async def answered(room_id: str = room_id) -> bool:
+                return len(await self.replies(room_id)) >= len(self.expected)
+
+            await eventually(answered, 15, "the replies")
+            assert await self.replies(room_id) == self.expected
+        assert SECRET not in self.bot.log
+        causes = re.findall(r"can't parse an answer \((.*)\)", self.bot.log)
+        assert len(causes) == len(set(causes)), "the same cause was logged twice"
+
+
+@asynccontextmanager
+async def new_scene(homeserver: Homeserver) -> AsyncIterator[Scene]:
+    """Make a scene; its bot was never started, but will answer what is said from now on."""
+    people = await new_people(homeserver)
+    alice = await people.user("alice")
+    rooms = [await alice.create_room(people.bot_id, room_version=v) for v in ("11", "12")]
+    for room_id in rooms:
+        await people.account.join(room_id)
+    async with (
+        running_proxy(homeserver.url) as proxy,
+        new_bot(proxy.url, MATRIX_USER=people.bot_id, LOG_LEVEL="DEBUG") as bot,
+    ):
+        position = (await people.account.request("GET", "/sync"))["next_batch"]
+        (bot.state / "next_batch").write_text(position)
+        yield Scene(people, alice, bot, proxy, rooms)
+
+
+@pytest.fixture
+async def scene(homeserver: Homeserver) -> AsyncIterator[Scene]:
+    """A scene for a single test."""
+    async with new_scene(homeserver) as new:
+        yield new
+
+
+@pytest.mark.parametrize("changes", ODD_PARTS.values(), ids=ODD_PARTS.keys())
+async def test_odd_answer_costs_no_command(scene: Scene, changes: list[Change]) -> None:
+    """With every sync answer spoilt, all commands in them and all later ones are answered once."""
+    await scene.say(3)
+    with scene.proxy.inject(faults.rewrite(partial(spoilt, changes=changes)), faults.POLL) as odd:
+        await scene.bot.start()
+        await scene.check()
+        await scene.say(1)
+        await scene.check()
+        assert odd.happened > 1
+
+
+async def test_null_rooms_stop_nothing(scene: Scene) -> None:
+    """Sync answers with a position but no usable rooms are passed over."""
+    odd: Iterator[Any] = iter([None, [], {"join": None}, {"join": []}])
+
+    def spoil(answer: Any) -> Any:
+        return {**answer, "rooms": next(odd)}
+
+    with scene.proxy.inject(faults.rewrite(spoil), faults.POLL, times=4):
+        await scene.bot.start()
+        for count in range(4):
+
+            async def next_poll_is_out(count: int = count) -> bool:
+                return scene.proxy.count(faults.POLL) > count
+
+            await eventually(next_poll_is_out)
+            await scene.alice.send(scene.rooms[0], "not a command")
+        await scene.say(1)
+        await scene.check()
+    assert next(odd, None) is None
+
+
+async def test_answer_without_position_is_asked_for_again(scene: Scene) -> None:
+    """What says nothing of where it ends costs no command, and is no reason to hurry."""
+    odd: Iterator[Any] = iter([None, [], {}, {"next_batch": None}])
+    await scene.say(3)
+    with scene.proxy.inject(faults.rewrite(lambda _: next(odd)), faults.POLL, times=4) as useless:
+        started = time.monotonic()
+        await scene.bot.start()
+        await scene.check()
+        assert time.monotonic() - started > 1.5
+        assert useless.happened == 4
+
+
+async def test_odd_events_cost_no_other_command(scene: Scene) -> None:
+    """Events among commands that nio fails on are passed over, and that is logged."""
+    await scene.say(3)
+    changes = [("rooms/join/*/timeline/an event", event) for event in ODD_EVENTS]
+    with scene.proxy.inject(faults.rewrite(partial(spoilt, changes=changes)), faults.POLL):
+        await scene.bot.start()
+        await scene.check()
+        await scene.say(1)
+        await scene.check()
+    assert "ERROR nio can't parse an answer" in scene.bot.log
+
+
+async def test_odd_page_costs_no_other_command(scene: Scene) -> None:
+    """Pages of a gap with odd events and null fields are read to the end."""
+    await scene.say(3)
+
+    def spoil(page: Any) -> Any:
+        if page["chunk"]:
+            page["chunk"] = with_odd_events(page["chunk"], ODD_EVENTS)
+        return {"end": None, **page, "state": None, "unknown": None}
+
+    limited = partial(spoilt, changes=[("rooms/join/*/timeline/limited", True)])
+    with (
+        scene.proxy.inject(faults.rewrite(limited), faults.POLL),
+        scene.proxy.inject(faults.rewrite(spoil), faults.MESSAGES) as odd,
+    ):
+        await scene.bot.start()
+        await scene.check()
+        await scene.say(1)
+        await scene.check()
+        assert odd.happened >= 4
+    assert "ERROR nio can't parse an answer" in scene.bot.log
+
+
+async def test_odd_contents_are_passed_over_and_odd_commands_answered(scene: Scene) -> None:
+    """Odd relations and characters cost no reply; what is no text gets none."""
+    await scene.bot.start()
+    room_id = scene.rooms[0]
+    for content in (
+        {"body": ""},
+        {"msgtype": ""},
+        {"msgtype": "m.unknown"},
+        {"body": "x" * 64_000},
+    ):
+        await scene.alice.send(room_id, **{"body": "!replybot no text", **content})
+    bodies = [content.get("body", f"!replybot {n}") for n, content in enumerate(ODD_COMMANDS)]
+    for body, content in zip(bodies, ODD_COMMANDS, strict=True):
+        await scene.alice.send(room_id, **{**content, "body": body})
+    replies = await scene.people.replies(scene.alice, room_id, len(bodies))
+    assert replies == [body.removeprefix("!replybot ") for body in bodies]
+    assert "ERROR" not in scene.bot.log
+
+
+@BOUNDED
+@given(st.lists(CONTENTS, min_size=1, max_size=6))
+async def test_any_content(scene: Scene, contents: list[dict[str, Any]]) -> None:
+    """Of whatever Synapse takes as content, commands are answered, once and in order."""
+    room_id = scene.rooms[0]
+    if not scene.bot.running:
+        await scene.bot.start()
+        scene.event_id = await scene.alice.send(room_id, "not a command")
+    for content in contents:
+        relation = content.get("m.relates_to")
+        if isinstance(relation, dict) and relation.get("event_id") == "$event":
+            relation["event_id"] = scene.event_id
+        # What Synapse refuses never reaches the bot.
+        with suppress(MatrixError):
+            await scene.alice.send_event(room_id, "m.room.message", content)
+            if is_command(content):
+                scene.expected.append(content["body"].replace("!replybot", "").strip())
+    await scene.say(1)
+    await scene.check(1)
+
+
+def is_command(content: dict[str, Any]) -> bool:
+    """Tell whether a message with this content is to be answered."""
+    relation = content.get("m.relates_to")
+    is_edit = isinstance(relation, dict) and relation.get("rel_type") == "m.replace"
+    is_text = content["msgtype"] == "m.text" and isinstance(content["body"], str)
+    return is_text and not is_edit and content["body"].startswith("!replybot")
+
+
+@BOUNDED
+@given(st.lists(ODD_CHANGES, min_size=1, max_size=4))
+async def test_any_answer(scene: Scene, changes: list[Change]) -> None:
+    """Whatever else is in sync answers, the commands in them are answered, once and in order."""
+    with scene.proxy.inject(faults.rewrite(partial(spoilt, changes=changes)), faults.POLL):
+        if not scene.bot.running:
+            await scene.bot.start()
+        await scene.say(1)
+        await scene.check()
