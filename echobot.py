@@ -80,7 +80,7 @@ LOGIN_WINDOW = 1400  # s
 DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the device
 
 NOTHING: dict[str, Any] = {"types": []}
-MESSAGES = {"types": ["m.room.message", "m.room.encrypted"]}
+MESSAGES = {"types": ["m.room.message", "m.room.encrypted"], "limit": 100}
 
 # HTTP statuses that are final: of most requests, and at the start of any answer.
 REFUSED = frozenset(range(400, 500)) - {401, 429}
@@ -170,7 +170,6 @@ async def poll(homeserver: Homeserver, batches: Batches) -> None:
             since = await start(homeserver, batches, None)
             await asyncio.sleep(backoff(4))
             continue
-        notify("READY=1")
         tasks = start_answering(homeserver, response, since)
         await batches.put((response.next_batch, tasks))
         since = response.next_batch or since
@@ -323,6 +322,7 @@ async def reply(homeserver: Homeserver, room_id: str, event: RoomMessageText) ->
         return
     if await send(homeserver, room_id, content, event.event_id):
         homeserver.answered += 1
+        homeserver.tell_status()
         elapsed = (time.monotonic() - started) * 1000
         log.info("Answered %s in %s after %.0f ms", event.event_id, room_id, elapsed)
 
@@ -380,6 +380,7 @@ class Homeserver:
         # messages may have been redacted: so each process asks with others.
         self.hold = SYNC_TIMEOUT - random.randrange(1000)
         self.answered = 0
+        self.last_sync = ""
         self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.just_joined: set[str] = set()
         self.told_encrypted: set[str] = set()
@@ -475,7 +476,7 @@ class Homeserver:
 
         Without `since` it tells of the position and of pending invitations only.
         """
-        messages = {**MESSAGES, "limit": 100, "not_senders": [self.client.user_id]}
+        messages = {**MESSAGES, "not_senders": [self.client.user_id]}
         # Without `since` the homeserver does not wait for news, but may take minutes to answer.
         hold = self.hold if since else 8 * self.hold
         call = partial(self.client.sync, hold, sync_filter(messages if since else NOTHING), since)
@@ -491,9 +492,15 @@ class Homeserver:
                 # Only here, as any server can have the join of its room answered with 401.
                 await self.renew(access_token)
             else:
-                now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-                notify(f"STATUS=Answered {self.answered}, last sync at {now}")
+                if not self.last_sync:
+                    notify("READY=1")
+                self.last_sync = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+                self.tell_status()
                 return response
+
+    def tell_status(self) -> None:
+        """Tell systemd how many commands were answered, and when the last sync was."""
+        notify(f"STATUS=Answered {self.answered}, last sync at {self.last_sync}")
 
     async def renew(self, access_token: str) -> None:
         """Log in again, unless the access token was renewed meanwhile."""

@@ -97,20 +97,23 @@ async def test_crash_between_reply_and_save_does_not_double_the_reply(
 async def test_login_between_lost_answer_and_repetition_does_not_double_the_reply(
     people: People, alice: User, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """The answer to a send is lost, and the access token is refused at its repetition."""
+    """While the answer to a send is waited for in vain, the access token is replaced."""
     room_id = await people.room_with_bot(alice)
+    proxied_bot.script = fork(proxied_bot.directory, SYNC_TIMEOUT=2000, REQUEST_TIMEOUT=5)
     await proxied_bot.start()
     await proxied_bot.ready()
     refusal = {"errcode": "M_UNKNOWN_TOKEN", "error": "Unknown access token"}
-    with (
-        proxy.inject(faults.cut_after, SEND, times=1) as lost,
-        proxy.inject(faults.answer(401, refusal), SEND, times=1) as refused,
-    ):
+    with proxy.inject(done_but_silent, SEND, times=1) as lost:
         await alice.send(room_id, "!replybot first")
+        await people.replies(alice, room_id, 1)
+        with proxy.inject(faults.answer(401, refusal), POLL, times=1) as refused:
+            await proxied_bot.logs("logging in again")
+        assert proxy.count(SEND) == 1
         await alice.send(room_id, "!replybot second")
         assert await people.replies(alice, room_id, 2) == ["first", "second"]
-    assert lost.happened == refused.happened == 1
+        assert lost.happened == refused.happened == 1
     assert proxy.count(LOGIN) == 2
+    assert proxy.count(SEND) == 3
 
 
 async def test_crash_and_logout_between_send_and_answer_do_not_double_the_reply(

@@ -42,7 +42,6 @@ async def test_synapse_limits_cost_no_reply_and_starve_no_room(limited_people: P
         assert await people.replies(senders[4], rooms[1], 10, 60) == [
             f"{n}.4" for n in range(BURST)
         ]
-        assert "HTTP 429" in bot.log
     first = await reply_times(people, senders[0], rooms[0])
     second = await reply_times(people, senders[4], rooms[1])
     allowed = (50 - BURST) / PER_SECOND

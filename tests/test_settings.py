@@ -60,7 +60,7 @@ async def test_missing_or_malformed_variable_is_named(name: str) -> None:
         ("MATRIX_HOMESERVER", "http://127.0.0.1:99999"),
         ("MATRIX_HOMESERVER", "http://example..com"),
         ("HTTP_PROXY", "http://user:hunter2@127.0.0.1:port"),
-        ("HTTP_PROXY", "user:hunter2@127.0.0.1:3128"),
+        ("HTTP_PROXY", "socks5://user:hunter2@127.0.0.1:1080"),
     ],
 )
 async def test_url_that_no_request_can_use_is_refused(name: str, value: str) -> None:
@@ -335,12 +335,13 @@ async def test_useless_well_known_is_refused_with_78(internet: Internet, fault: 
     assert asked.happened
 
 
+@pytest.mark.parametrize("scheme", ["http://", ""])
 async def test_http_proxy_is_used_and_plain_http_warned_about(
-    people: People, alice: User, proxy: Proxy
+    people: People, alice: User, proxy: Proxy, scheme: str
 ) -> None:
     """A homeserver whose name only the proxy knows is reached, after a warning."""
     room_id = await people.room_with_bot(alice)
-    environment = {"MATRIX_USER": people.bot_id, "HTTP_PROXY": proxy.url}
+    environment = {"MATRIX_USER": people.bot_id, "HTTP_PROXY": proxy.url.replace("http://", scheme)}
     async with new_bot("http://matrix.invalid", **environment) as bot:
         await bot.start()
         await bot.ready()
