@@ -284,13 +284,14 @@ async def accept_invitation(
 async def answer(homeserver: Homeserver, room_id: str, event: Event) -> None:
     """Answer an event if it calls for it, and return once the reply is acknowledged."""
     match event.source:
-        case {"sender": homeserver.client.user_id} | {"unsigned": {"redacted_because": _}}:
-            pass
-        # The membership that the bot had when it was sent: that is history (spec: UnsignedData).
-        case {"unsigned": {"membership": "leave" | "ban" | "knock"}}:
-            pass
-        case {"content": {"m.relates_to": {"rel_type": "m.replace"}}}:
-            pass
+        case (
+            {"sender": homeserver.client.user_id}
+            | {"unsigned": {"redacted_because": _}}
+            # The membership that the bot had when it was sent: this is history.
+            | {"unsigned": {"membership": "leave" | "ban" | "knock"}}
+            | {"content": {"m.relates_to": {"rel_type": "m.replace"}}}
+        ):
+            return
         case {"type": "m.room.encrypted"}:
             await tell_encrypted(homeserver, room_id)
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
@@ -443,7 +444,8 @@ class Homeserver:
             self.alive_until = time.monotonic() + wait + ALIVE
             await asyncio.sleep(wait)
         self.logins.append(time.monotonic())
-        client.access_token = settings.access_token or client.access_token
+        # Some homeservers refuse any request with an access token that they do not know.
+        client.access_token = settings.access_token
         login = partial(client.login, settings.password, "echobot")
         try:
             found = await self.request(
@@ -477,9 +479,14 @@ class Homeserver:
         Without `since` it tells of the position and of pending invitations only.
         """
         messages = {**MESSAGES, "not_senders": [self.client.user_id]}
-        # Without `since` the homeserver does not wait for news, but may take minutes to answer.
-        hold = self.hold if since else 8 * self.hold
-        call = partial(self.client.sync, hold, sync_filter(messages if since else NOTHING), since)
+        only = sync_filter(messages if since else NOTHING)
+
+        async def call() -> Any:
+            # Without `since` the homeserver does not wait for news, but may take minutes to answer.
+            # After trouble it need not wait either: it shows at once that the trouble is over.
+            hold = 1 if asyncio.current_task() in self.troubled else self.hold
+            return await self.client.sync(hold if since else 8 * self.hold, only, since)
+
         while True:
             access_token = self.client.access_token
             try:
