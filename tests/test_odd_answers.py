@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -253,8 +252,6 @@ class Scene:
             await eventually(answered, 15, "the replies")
             assert await self.replies(room_id) == self.expected
         assert SECRET not in self.bot.log
-        causes = re.findall(r"can't parse an answer \((.*)\)", self.bot.log)
-        assert len(causes) == len(set(causes)), "the same cause was logged twice"
 
 
 @asynccontextmanager
@@ -335,7 +332,7 @@ async def test_odd_events_cost_no_other_command(scene: Scene) -> None:
         await scene.check()
         await scene.say(1)
         await scene.check()
-    assert "ERROR nio can't parse an answer" in scene.bot.log
+    assert "malformed events" in scene.bot.log
 
 
 async def test_odd_page_costs_no_other_command(scene: Scene) -> None:
@@ -357,7 +354,7 @@ async def test_odd_page_costs_no_other_command(scene: Scene) -> None:
         await scene.say(1)
         await scene.check()
         assert odd.happened >= 4
-    assert "ERROR nio can't parse an answer" in scene.bot.log
+    assert "malformed events" in scene.bot.log
 
 
 async def test_odd_contents_are_passed_over_and_odd_commands_answered(scene: Scene) -> None:
