@@ -73,7 +73,7 @@ SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothi
 REQUEST_TIMEOUT = 60  # s that any other request may take
 PATIENCE = 600  # s that one event may fail, while syncs succeed, before it is passed over
 MAX_BACKOFF = 60  # s
-MAX_UNFINISHED = 10_000  # sync answers with replies under way before polling pauses
+MAX_UNFINISHED = 10_000  # sync responses with replies under way before polling pauses
 SHUTDOWN_GRACE = 5  # s for the sends in flight
 MAX_RETRY_AFTER = 3600  # s
 MAX_REQUESTS = 500  # at a time, besides the poll: fewer than the files a process may open
@@ -85,7 +85,7 @@ DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the
 NOTHING: dict[str, Any] = {"types": []}
 MESSAGES = {"types": ["m.room.message", "m.room.encrypted"], "limit": 100}
 
-# HTTP statuses that are final: of most requests, and at the start of any answer.
+# HTTP statuses after which a request is not repeated: of most, and of those that find a homeserver.
 REFUSED = frozenset(range(400, 500)) - {401, 429}
 ANSWERED = frozenset(range(200, 500)) - {429}
 
@@ -100,8 +100,9 @@ async def reply_to(event: RoomMessageText) -> str | None:
     """Return the text to answer a message with, or None to stay silent.
 
     This is the function to rewrite for another bot. It may take its time: other rooms are not held
-    up. It may raise: that costs this one reply. After a crash it is called again for messages whose
-    reply was not yet acknowledged, so what it does besides answering should bear a repetition.
+    up as long as it awaits instead of blocking. It may raise: that costs this one reply. After a
+    crash it is called again for messages whose reply was not acknowledged, so what it does besides
+    answering should bear a repetition.
     """
     if not event.body.startswith(COMMAND):
         return None
@@ -205,7 +206,7 @@ async def accept_pending_invitations(
 
 
 def start_answering(homeserver: Homeserver, response: SyncResponse, since: str) -> Tasks:
-    """Start to answer a sync answer, which follows `since`: one task for each room."""
+    """Start to answer a sync response, which follows `since`: one task for each room."""
     work = [
         answer_room(homeserver, room_id, room.timeline, since, response.next_batch)
         for room_id, room in response.rooms.join.items()
@@ -219,7 +220,7 @@ def start_answering(homeserver: Homeserver, response: SyncResponse, since: str) 
 async def answer_room(
     homeserver: Homeserver, room_id: str, timeline: Timeline, since: str, next_batch: str
 ) -> None:
-    """Answer the part of a sync answer that belongs to a room, once its earlier parts are."""
+    """Answer the part of a sync response that belongs to a room, once its earlier parts are."""
     async with homeserver.turns[room_id]:
         is_gap = timeline.limited or room_id in homeserver.just_joined
         homeserver.just_joined.discard(room_id)
@@ -376,7 +377,7 @@ class Homeserver:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.client = Client("")
-        self.is_known = False  # whether a Matrix homeserver has answered there before
+        self.is_known = False  # whether a homeserver has let us in there before
         # Synapse repeats a response for two minutes to who asks with the same parameters, though
         # messages may have been redacted: so each process asks with others.
         self.hold = SYNC_TIMEOUT - random.randrange(1000)
@@ -386,7 +387,7 @@ class Homeserver:
         self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.just_joined: set[str] = set()
         self.told_encrypted: set[str] = set()
-        self.failing_since: dict[str, float] = {}
+        self.failing: dict[str, float] = {}  # room ID: since when
         self.last_vital_failure = self.alive_until = 0.0
         self.login_lock = asyncio.Lock()
         self.slots = asyncio.Semaphore(MAX_REQUESTS)
@@ -479,21 +480,11 @@ class Homeserver:
 
         Without `since` it tells of the position and of pending invitations only.
         """
-        messages = {**MESSAGES, "not_senders": [self.client.user_id]}
-        only = sync_filter(messages if since else NOTHING)
-
-        async def call() -> Any:
-            # Without `since` the homeserver does not wait for news, but may take minutes to answer.
-            # After trouble it need not wait either: it shows at once that the trouble is over.
-            hold = 1 if asyncio.current_task() in self.troubled else self.hold
-            return await self.client.sync(hold if since else 8 * self.hold, only, since)
-
         while True:
             access_token = self.client.access_token
+            call, final = partial(self.sync_once, since), {400, 401} if since else {401}
             try:
-                response: SyncResponse = await self.request(
-                    call, final={400, 401} if since else {401}
-                )
+                response: SyncResponse = await self.request(call, final=final)
             except Failure as failure:
                 if failure.status != 401:
                     raise
@@ -505,6 +496,15 @@ class Homeserver:
                 self.last_sync = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
                 self.tell_status()
                 return response
+
+    async def sync_once(self, since: str | None) -> Any:
+        """Sync once, letting through messages of others after `since`, or without it nothing."""
+        messages = {**MESSAGES, "not_senders": [self.client.user_id]}
+        only = sync_filter(messages if since else NOTHING)
+        # Without `since` the homeserver does not wait for news, but may take minutes to answer.
+        # After trouble it need not wait either: it shows at once that the trouble is over.
+        hold = 1 if asyncio.current_task() in self.troubled else self.hold
+        return await self.client.sync(hold if since else 8 * self.hold, only, since)
 
     def tell_status(self) -> None:
         """Tell systemd how many commands were answered, and when the last sync was."""
@@ -524,44 +524,50 @@ class Homeserver:
         Not repeated is what the homeserver itself refuses with an HTTP status in `final`, nor what
         fails in a room for PATIENCE s while requests of no room, for which all wait, do not.
         """
-        attempt = strange = 0
+        attempt = 0
         while True:
             if not room_id:
                 self.alive_until = time.monotonic() + ALIVE
             try:
                 async with self.slots if room_id else contextlib.nullcontext():
                     response = await outcome(call)
-                self.failing_since.pop(room_id, None)
-                self.note_end_of_trouble("No more trouble with %s")
-                return response
             except Failure as failure:
-                # Without an errcode it may come from a proxy whose homeserver is restarting.
-                strange = strange + 1 if failure.status and not failure.errcode else 0
-                no_matrix = not self.is_known and (failure.status == 404 or strange == 5)
-                is_refused = failure.status in final and (failure.errcode or no_matrix)
-                if is_refused or (room_id and attempt >= 3 and self.is_overdue(room_id, failure)):
+                attempt += 1
+                refused = self.is_refused(failure, final, attempt)
+                if refused or self.is_overdue(room_id, failure, attempt):
                     self.note_end_of_trouble("Given up on a request to %s")
                     raise
-                # A room's rate limit is no trouble: every reply may meet it.
-                if not room_id or failure.status != 429:
-                    self.note_trouble(failure)
-                wait = max(failure.retry_after, backoff(0 if failure.retry_after else attempt))
-                if not room_id:
-                    self.last_vital_failure = time.monotonic()
-                    self.alive_until += wait
-                attempt += 1
+                wait = max(failure.retry_after, backoff(0 if failure.retry_after else attempt - 1))
+                self.note_trouble(room_id, failure, wait)
                 await asyncio.sleep(wait)
+            else:
+                self.failing.pop(room_id, None)
+                self.note_end_of_trouble("No more trouble with %s")
+                return response
 
-    def is_overdue(self, room_id: str, failure: Failure) -> bool:
+    def is_refused(self, failure: Failure, final: Container[int], attempt: int) -> bool:
+        """Tell whether a homeserver said no, or clearly something else than a homeserver."""
+        # Without an errcode it may come from a proxy whose homeserver is restarting.
+        no_matrix = not self.is_known and (failure.status == 404 or attempt >= 5)
+        return failure.status in final and bool(failure.errcode or no_matrix)
+
+    def is_overdue(self, room_id: str, failure: Failure, attempt: int) -> bool:
         """Tell whether a room has had nothing but failures for too long, other than rate limits."""
+        if not room_id or failure.status == 429:
+            self.failing.pop(room_id, None)
+            return False
         now = time.monotonic()
-        since = self.failing_since.setdefault(room_id, now)
-        if failure.status == 429:
-            self.failing_since[room_id] = since = now
-        return now - max(since, self.last_vital_failure) > PATIENCE
+        since = max(self.failing.setdefault(room_id, now), self.last_vital_failure)
+        # A room that was given up before still has a few attempts for each event.
+        return attempt > 3 and now - since > PATIENCE
 
-    def note_trouble(self, failure: Failure) -> None:
+    def note_trouble(self, room_id: str, failure: Failure, wait: float) -> None:
         """Log what is wrong, each cause once until nothing is."""
+        if not room_id:
+            self.last_vital_failure = time.monotonic()
+            self.alive_until += wait
+        elif failure.status == 429:
+            return  # A room's rate limit is no trouble: every reply may meet it.
         self.troubled.add(asyncio.current_task())
         if str(failure) not in self.causes:
             self.causes.add(str(failure))
@@ -767,7 +773,7 @@ def load_next_batch(directory: Path) -> str | None:
 
 
 async def save_in_order(batches: Batches, directory: Path) -> None:
-    """Save each sync answer's next_batch, once all before it and all its tasks are done."""
+    """Save the next_batch of each sync response once its tasks, and all before it, are done."""
     saved, failing = None, False
     while True:
         next_batch, tasks = await batches.get()
@@ -836,6 +842,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     problems = []
 
     def get(name: str, default: str = "", form: str = r"(?s).*", hint: str = "") -> str:
+        """Return the value of a variable; note if it is not of the form that the hint tells."""
         value = environment.get(name) or default
         if not re.fullmatch(form, value):
             problems.append(f"{name} is {'malformed' if value else 'missing'}: set it to {hint}")
