@@ -858,13 +858,15 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     inviters = get("MATRIX_INVITERS", "*", patterns, "user ID patterns like @*:example.org")
     levels = "DEBUG|INFO|WARNING|ERROR"
     log_level = get("LOG_LEVEL", "INFO", f"(?i){levels}", levels.replace("|", " or ")).upper()
+    directory = Path(get("STATE_DIRECTORY", "."))
+    if not directory.is_dir():
+        problems.append(f"STATE_DIRECTORY {directory} is no directory: set it to one")
     if not password and not access_token:
         problems.append("MATRIX_PASSWORD is missing: set it or MATRIX_ACCESS_TOKEN")
     if user and ":" not in user and not homeserver:
         problems.append("MATRIX_HOMESERVER is missing: set it, or MATRIX_USER to a full user ID")
     if problems:
         raise Exit(78, "; ".join(problems))
-    directory = Path(get("STATE_DIRECTORY", "."))
     return Settings(
         user, password, access_token, homeserver, inviters.split(), directory, log_level
     )
