@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import proxy as faults
-from bot import Bot, eventually
+from bot import Bot, eventually, fork
 from conftest import People
 from homeserver import User
 from proxy import Proxy
@@ -140,3 +140,26 @@ async def test_join_is_repeated_after_an_error(
         await alice.send(room_id, "!replybot hello")
         assert await people.replies(alice, room_id, 1) == ["hello"]
         assert refused.happened == lost.happened == 1
+
+
+async def test_overview_that_never_comes_does_not_hold_the_position_back(
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """If the homeserver fails on a sync without `since` for too long, next_batch moves on."""
+    room_id = await people.room_with_bot(alice)
+    await proxied_bot.start()
+    await proxied_bot.ready()
+    await proxied_bot.stop()
+    proxied_bot.script = fork(proxied_bot.directory, PATIENCE=2)
+    path = proxied_bot.state / "next_batch"
+    before = path.read_text()
+    with proxy.inject(faults.internal_error, r"/sync\?(?!.*since=)") as refused:
+        await proxied_bot.start()
+        await alice.send(room_id, "!replybot hello")
+        assert await people.replies(alice, room_id, 1) == ["hello"]
+
+        async def moved() -> bool:
+            return path.read_text() != before
+
+        await eventually(moved)
+        assert refused.happened
