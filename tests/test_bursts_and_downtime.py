@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from bot import Bot
+from bot import Bot, eventually, fork
 from conftest import People
 from homeserver import User
 
@@ -56,3 +56,26 @@ async def test_short_downtime_in_many_rooms(people: People, alice: User, bot: Bo
     await bot.start()
     for room_id in rooms:
         assert await people.replies(alice, room_id, 3) == ["0", "1", "2"]
+
+
+async def test_own_messages_in_a_gap_are_not_answered(
+    people: People, alice: User, bot: Bot
+) -> None:
+    """What the bot's account said itself among more than fits a sync answer gets no reply."""
+    room_id = await people.room_with_bot(alice)
+    bot.script = fork(bot.directory, MESSAGES={"types": ["m.room.message"], "limit": 5})
+    await bot.start()
+    await bot.ready()
+    await bot.stop()
+    for n in range(10):
+        await alice.send(room_id, f"!replybot {n}")
+        await people.account.send(room_id, f"!replybot own {n}")
+    await bot.start()
+    await alice.send(room_id, "!replybot last")
+
+    async def last_is_answered() -> bool:
+        return "last" in await alice.bodies(room_id, people.bot_id)
+
+    await eventually(last_is_answered)
+    replies = [b for b in await alice.bodies(room_id, people.bot_id) if not b.startswith("!")]
+    assert replies == [*(str(n) for n in range(10)), "last"]
