@@ -21,7 +21,7 @@ SETTINGS = ("MATRIX_", "STATE_DIRECTORY", "LOG_LEVEL", "NOTIFY_SOCKET", "WATCHDO
 
 
 async def eventually(
-    condition: Callable[[], Awaitable[object]], seconds: float = 30, what: str = "the condition"
+    condition: Callable[[], Awaitable[object]], seconds: float = 60, what: str = "the condition"
 ) -> None:
     """Wait until the condition holds; raise AssertionError if it does not within so many s."""
     deadline = time.monotonic() + seconds

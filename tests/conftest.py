@@ -45,7 +45,7 @@ class People:
             await member.join(room_id)
         return room_id
 
-    async def replies(self, user: User, room_id: str, count: int, seconds: float = 30) -> list[str]:
+    async def replies(self, user: User, room_id: str, count: int, seconds: float = 90) -> list[str]:
         """Wait for so many messages of the bot in a room, return the bodies of all there are."""
 
         async def arrived() -> bool:
