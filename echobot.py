@@ -43,28 +43,20 @@ import traceback
 import urllib.request
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
 from nio import (
     AsyncClient,
     AsyncClientConfig,
-    DeviceList,
-    DeviceOneTimeKeyCount,
     ErrorResponse,
-    Event,
-    InviteInfo,
     MessageDirection,
-    RoomInfo,
     RoomMessagesResponse,
     RoomMessageText,
-    Rooms,
     SyncResponse,
-    Timeline,
 )
 
 COMMAND = "!replybot"
@@ -72,24 +64,18 @@ COMMAND = "!replybot"
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 REQUEST_TIMEOUT = 60  # s that any other request may take
 PATIENCE = 600  # s that one event may fail, while syncs succeed, before it is passed over
-MAX_BACKOFF = 60  # s
-MAX_UNFINISHED = 10_000  # sync responses with replies under way before polling pauses
-SHUTDOWN_GRACE = 5  # s for the sends in flight
+MAX_BACKOFF = 60  # s between two attempts, unless the homeserver asks for more
 MAX_RETRY_AFTER = 3600  # s
-MAX_REQUESTS = 500  # at a time, besides the poll: fewer than the files a process may open
+MAX_UNFINISHED = 10_000  # sync responses with replies under way before polling pauses
+MAX_CONNECTIONS = 500  # fewer than the files that a process may open
+SHUTDOWN_GRACE = 5  # s for the sends in flight
 ALIVE = 300  # s that a poll may take before systemd's watchdog is left to end the bot
 LOGINS = 4  # in LOGIN_WINDOW s: Synapse allows five, then one in 333 s
 LOGIN_WINDOW = 1400  # s
 DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the device
-
-NOTHING: dict[str, Any] = {"types": []}
 MESSAGES = {"types": ["m.room.message", "m.room.encrypted"], "limit": 100}
 
-# HTTP statuses after which a request is not repeated: of most, and of those that find a homeserver.
-REFUSED = frozenset(range(400, 500)) - {401, 429}
-ANSWERED = frozenset(range(200, 500)) - {429}
-
-Call = Callable[[], Awaitable[Any]]
+JSON = dict[str, Any]
 Tasks = list["asyncio.Task[None]"]
 Batches = asyncio.Queue[tuple[str, Tasks]]  # (next_batch, what must be done before it is saved)
 
@@ -141,8 +127,8 @@ class Exit(Exception):
 
 async def run(settings: Settings) -> None:
     """Answer commands until SIGTERM or SIGINT; raise Exit if that is not possible."""
-    batches: Batches = asyncio.Queue(MAX_UNFINISHED)
     homeserver = Homeserver(settings)
+    batches: Batches = asyncio.Queue(MAX_UNFINISHED)
     polling = asyncio.create_task(poll(homeserver, batches))
     saving = asyncio.create_task(save_in_order(batches, settings.state_directory))
     watchdog = asyncio.create_task(feed_watchdog(homeserver))
@@ -152,18 +138,17 @@ async def run(settings: Settings) -> None:
         ended, _ = await asyncio.wait({polling, saving}, return_when=asyncio.FIRST_COMPLETED)
         notify("STOPPING=1")
         for task in ended:
-            if task is saving or not task.cancelled():
+            if not task.cancelled():
                 task.result()  # Neither returns: this raises what ended it.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(batches.join(), SHUTDOWN_GRACE)
     finally:
-        homeserver.is_closing = True
         watchdog.cancel()
         await homeserver.client.close()
 
 
 async def poll(homeserver: Homeserver, batches: Batches) -> None:
-    """Sync for ever: start to answer each sync response, and poll on without waiting for that."""
+    """Sync for ever: start to answer each response, and poll on without waiting for that."""
     await homeserver.connect()
     since = await start(homeserver, batches, load_next_batch(homeserver.settings.state_directory))
     while True:
@@ -175,8 +160,8 @@ async def poll(homeserver: Homeserver, batches: Batches) -> None:
             await asyncio.sleep(backoff(4))
             continue
         tasks = start_answering(homeserver, response, since)
-        await batches.put((response.next_batch, tasks))
-        since = response.next_batch or since
+        since = response["next_batch"]
+        await batches.put((since, tasks))
         if tasks:
             # Quick replies first: the next poll would slow them down, here and at the homeserver.
             await asyncio.wait(tasks, timeout=0.05)
@@ -184,162 +169,180 @@ async def poll(homeserver: Homeserver, batches: Batches) -> None:
 
 async def start(homeserver: Homeserver, batches: Batches, since: str | None) -> str:
     """Take up pending invitations; return `since`, or without one the position of now."""
-    # With `since` a sync tells of an invitation once, without it of all that are pending.
-    overview = asyncio.create_task(homeserver.sync(None))
     if since is None:
-        since = (await overview).next_batch
+        since = str((await homeserver.sync(None))["next_batch"])
         # Saved at once, not after the joins: a kill amid them must not make this a first start.
         await batches.put((since, []))
-    pending = accept_pending_invitations(homeserver, overview, since)
-    await batches.put((since, [asyncio.create_task(pending)]))
+    await batches.put((since, [asyncio.create_task(accept_pending(homeserver, since))]))
     return since
 
 
-async def accept_pending_invitations(
-    homeserver: Homeserver, overview: asyncio.Task[SyncResponse], since: str
-) -> None:
-    """Accept what a sync without `since` tells of invitations; they are older than `since`."""
+async def accept_pending(homeserver: Homeserver, since: str) -> None:
+    """Accept the invitations before `since`: only a sync without it tells of those again."""
     try:
-        invited = (await asyncio.wait_for(overview, PATIENCE)).rooms.invite
-    except asyncio.TimeoutError:
+        overview = await homeserver.sync(None, Room(homeserver, "the overview of rooms"))
+    except Failure as failure:
         # What is saved must not wait for it longer; the next start asks again.
-        log.warning("Passed over invitations that may be pending: no overview of them in time")
-        return
-    await asyncio.gather(
-        *(accept_invitation(homeserver, room_id, room, since) for room_id, room in invited.items())
-    )
+        log.warning("Passed over invitations that may be pending: %s", failure)
+    else:
+        invited = part(overview, dict, "rooms", "invite").items()
+        joins = (
+            homeserver.room(room_id).accept_invitation(room, since) for room_id, room in invited
+        )
+        await asyncio.gather(*joins)
 
 
-def start_answering(homeserver: Homeserver, response: SyncResponse, since: str) -> Tasks:
+def start_answering(homeserver: Homeserver, response: JSON, since: str) -> Tasks:
     """Start to answer a sync response, which follows `since`: one task for each room."""
     work = [
-        answer_room(homeserver, room_id, room.timeline, since, response.next_batch)
-        for room_id, room in response.rooms.join.items()
+        homeserver.room(room_id).answer_timeline(room, since, response["next_batch"])
+        for room_id, room in part(response, dict, "rooms", "join").items()
     ] + [
-        accept_invitation(homeserver, room_id, room, since)
-        for room_id, room in response.rooms.invite.items()
+        homeserver.room(room_id).accept_invitation(room, since)
+        for room_id, room in part(response, dict, "rooms", "invite").items()
     ]
     return [asyncio.create_task(task) for task in work]
 
 
-async def answer_room(
-    homeserver: Homeserver, room_id: str, timeline: Timeline, since: str, next_batch: str
-) -> None:
-    """Answer the part of a sync response that belongs to a room, once its earlier parts are."""
-    async with homeserver.turns[room_id]:
-        is_gap = timeline.limited or room_id in homeserver.just_joined
-        homeserver.just_joined.discard(room_id)
-        if is_gap and await answer_gap(homeserver, room_id, since, next_batch):
-            return
-        for event in timeline.events:
-            await answer(homeserver, room_id, event)
+@dataclass(eq=False)
+class Room:
+    """A room, and what is remembered of it until the process ends."""
 
+    homeserver: Homeserver
+    room_id: str
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a part is answered
+    just_joined: bool = False  # its next timeline may begin before the invitation
+    told_encrypted: bool = False
+    failing_since: float = 0.0  # monotonic s, 0 after a success
 
-async def answer_gap(
-    homeserver: Homeserver, room_id: str, since: str, next_batch: str | None
-) -> bool:
-    """Answer what was sent to a room between two positions, page by page; tell if all was read.
+    async def answer_timeline(self, room: JSON, since: str, next_batch: str) -> None:
+        """Answer the room's part of the sync response from `since` to `next_batch`, in its turn."""
+        async with self.turn:
+            is_gap = part(room, bool, "timeline", "limited") or self.just_joined
+            self.just_joined = False
+            if not is_gap or not await self.answer_gap(since, next_batch):
+                for event in part(room, list, "timeline", "events"):
+                    await self.answer(event)
 
-    Without `next_batch`, read up to now. Spec: GET /rooms/{roomId}/messages.
-    """
-    position: str | None = since
-    while position:
-        call = partial(
-            homeserver.client.room_messages,
-            room_id,
-            start=position,
-            end=next_batch,
-            direction=MessageDirection.front,
-            limit=100,
-            message_filter=MESSAGES,
-        )
+    async def answer_gap(self, since: str, next_batch: str | None) -> bool:
+        """Answer what was sent between two positions, page by page; tell if all was read.
+
+        Without `next_batch`, read up to now. Spec: GET /rooms/{roomId}/messages.
+        """
+        read, forward = self.homeserver.client.room_messages, MessageDirection.front
+        position = since
+        while position:
+            page_at = (self.room_id, position, next_batch, forward, 100, MESSAGES)
+            try:
+                page = await self.homeserver.request(self, read, *page_at)
+            except Failure as failure:
+                log.warning("Passed over a gap in %s: %s", self.room_id, failure)
+                return False
+            for event in part(page, list, "chunk"):
+                await self.answer(event)
+            end = part(page, str, "end")
+            position = end if end != position else ""
+        return True
+
+    async def accept_invitation(self, room: JSON, since: str) -> None:
+        """Join the room and answer what was sent since the invitation, or reject that."""
+        client, inviter = self.homeserver.client, "nobody"
+        for event in part(room, list, "invite_state", "events"):
+            # The last one counts: before the invitation stands what the inviter's server says.
+            match event:
+                case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
+                    inviter = sender
+        patterns = self.homeserver.settings.inviters
         try:
-            page = await homeserver.request(call, room_id)
+            async with self.turn:
+                if not any(fnmatch.fnmatchcase(inviter, pattern) for pattern in patterns):
+                    await self.homeserver.request(self, client.room_leave, self.room_id)
+                    log.info("Rejected the invitation of %s to %s", inviter, self.room_id)
+                    return
+                await self.homeserver.request(self, client.join, self.room_id)
+                log.info("Joined %s, invited by %s", self.room_id, inviter)
+                self.just_joined = True
+                # To the present: polling has gone on meanwhile, and told nothing of this room.
+                await self.answer_gap(since, None)
         except Failure as failure:
-            log.warning("Passed over a gap in %s: %s", room_id, failure)
-            return False
-        for event in page.chunk:
-            await answer(homeserver, room_id, event)
-        position = page.end if page.end != position else None
-    return True
+            log.warning("Passed over the invitation to %s: %s", self.room_id, failure)
 
-
-async def accept_invitation(
-    homeserver: Homeserver, room_id: str, room: InviteInfo, since: str
-) -> None:
-    """Join a room and answer what was sent there since the invitation, or reject that."""
-    client, patterns = homeserver.client, homeserver.settings.inviters
-    inviter = "nobody"
-    for event in room.invite_state:
-        # The last one counts: before the invitation itself stands what the inviter's server says.
+    async def answer(self, event: Any) -> None:
+        """Answer an event if it calls for it, and return once the reply is acknowledged."""
         match event:
-            case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
-                inviter = sender
-    try:
-        async with homeserver.turns[room_id]:
-            if not any(fnmatch.fnmatchcase(inviter, pattern) for pattern in patterns):
-                await homeserver.request(partial(client.room_leave, room_id), room_id)
-                log.info("Rejected the invitation of %s to %s", inviter, room_id)
+            case (
+                {"sender": self.homeserver.client.user_id}
+                | {"unsigned": {"redacted_because": _}}
+                # The membership that the bot had when it was sent: this is history.
+                | {"unsigned": {"membership": "leave" | "ban" | "knock"}}
+                | {"content": {"m.relates_to": {"rel_type": "m.replace"}}}
+            ):
                 return
-            await homeserver.request(partial(client.join, room_id), room_id)
-            log.info("Joined %s, invited by %s", room_id, inviter)
-            homeserver.just_joined.add(room_id)
-            # To the present: polling has gone on meanwhile, and told nothing of this room.
-            await answer_gap(homeserver, room_id, since, None)
-    except Failure as failure:
-        log.warning("Passed over the invitation of %s to %s: %s", inviter, room_id, failure)
+            case {"type": "m.room.encrypted"}:
+                await self.tell_encrypted()
+            case {
+                "type": "m.room.message",
+                "event_id": str(),
+                "sender": str(),
+                "origin_server_ts": int(),
+                "content": {"msgtype": "m.text", "body": str(body), **content},
+            }:
+                formatted_body, style = (
+                    part(content, str, k) for k in ("formatted_body", "format")
+                )
+                await self.reply(
+                    RoomMessageText(event, body, formatted_body or None, style or None)
+                )
+            case {"type": str(), "event_id": str(), "sender": str(), "origin_server_ts": int()}:
+                return
+            case _:
+                log.error("Passed over a malformed event in %s", self.room_id)
 
-
-async def answer(homeserver: Homeserver, room_id: str, event: Event) -> None:
-    """Answer an event if it calls for it, and return once the reply is acknowledged."""
-    match event.source:
-        case (
-            {"sender": homeserver.client.user_id}
-            | {"unsigned": {"redacted_because": _}}
-            # The membership that the bot had when it was sent: this is history.
-            | {"unsigned": {"membership": "leave" | "ban" | "knock"}}
-            | {"content": {"m.relates_to": {"rel_type": "m.replace"}}}
-        ):
+    async def reply(self, event: RoomMessageText) -> None:
+        """Send what reply_to returns for a message; a bug in it costs that reply."""
+        started = time.monotonic()
+        calling = asyncio.wait_for(reply_to(event), PATIENCE)
+        [result] = await asyncio.gather(calling, return_exceptions=True)
+        if result is None:
             return
-        case {"type": "m.room.encrypted"}:
-            await tell_encrypted(homeserver, room_id)
-        case {"type": "m.room.message"} if isinstance(event, RoomMessageText):
-            await reply(homeserver, room_id, event)
+        if not isinstance(result, str):
+            # Not its text, which may quote the message.
+            frames = traceback.extract_tb(getattr(result, "__traceback__", None))
+            lines = [frame.lineno for frame in frames if frame.filename == __file__]
+            what = f"{type(result).__name__} at lines {lines}"
+            log.error("reply_to failed for %s in %s: %s", event.event_id, self.room_id, what)
+        elif await self.send(text_content(result, event), event.event_id):
+            elapsed = (time.monotonic() - started) * 1000
+            log.info("Answered %s in %s after %.0f ms", event.event_id, self.room_id, elapsed)
+            self.homeserver.answered += 1
+            self.homeserver.tell_status()
+
+    async def tell_encrypted(self) -> None:
+        """Say once that the room's messages are encrypted and can't be read."""
+        if not self.told_encrypted:
+            self.told_encrypted = True
+            log.warning("%s is encrypted: its messages can't be read", self.room_id)
+            body = "This room is encrypted, and I can't read encrypted messages."
+            content = {"msgtype": "m.notice", "body": body, "m.mentions": {}}
+            await self.send(content, f"encrypted{self.room_id}")
+
+    async def send(self, content: JSON, tx_id: str) -> bool:
+        """Send a message, once however often it is tried with a transaction ID; tell if it went."""
+        message = (self.room_id, "m.room.message", content, tx_id)
+        try:
+            await self.homeserver.request(self, self.homeserver.client.room_send, *message)
+        except Failure as failure:
+            log.warning("Passed over %s in %s: %s", tx_id, self.room_id, failure)
+            return False
+        return True
 
 
-async def reply(homeserver: Homeserver, room_id: str, event: RoomMessageText) -> None:
-    """Send what reply_to returns for a message."""
-    started = time.monotonic()
-    task: Any = asyncio.current_task()
-    deadline = asyncio.get_running_loop().call_later(PATIENCE, task.cancel)
-    try:
-        body = await reply_to(event)
-        if body is None:
-            return
-        content = text_content(body, event)
-    except (Exception, asyncio.CancelledError) as error:
-        if homeserver.is_closing:
-            raise
-        # Not its text, which may quote the message.
-        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{type(error).__name__} at {Path(file).name}:{line}"
-        log.error("reply_to failed for %s in %s: %s", event.event_id, room_id, where)
-        return
-    finally:
-        deadline.cancel()
-    if await send(homeserver, room_id, content, event.event_id):
-        homeserver.answered += 1
-        homeserver.tell_status()
-        elapsed = (time.monotonic() - started) * 1000
-        log.info("Answered %s in %s after %.0f ms", event.event_id, room_id, elapsed)
-
-
-def text_content(body: str, event: RoomMessageText) -> dict[str, Any]:
+def text_content(body: str, event: RoomMessageText) -> JSON:
     """Return the content of a reply to an event, in that event's thread if it has one."""
     # Without m.mentions a body that says @room would ping everybody, with the rights of the bot.
     # A lone surrogate can't be sent: homeservers answer it with 500 for ever.
     text = body.encode(errors="replace").decode()
-    content: dict[str, Any] = {"msgtype": "m.text", "body": text, "m.mentions": {}}
+    content: JSON = {"msgtype": "m.text", "body": text, "m.mentions": {}}
     match event.source["content"].get("m.relates_to"):
         case {"rel_type": "m.thread", "event_id": str(root)} if root.isprintable():
             content["m.relates_to"] = {
@@ -351,78 +354,51 @@ def text_content(body: str, event: RoomMessageText) -> dict[str, Any]:
     return content
 
 
-async def tell_encrypted(homeserver: Homeserver, room_id: str) -> None:
-    """Say once in a room that its messages are encrypted and can't be read."""
-    if room_id in homeserver.told_encrypted:
-        return
-    homeserver.told_encrypted.add(room_id)
-    log.warning("%s is encrypted: its messages can't be read", room_id)
-    body = "This room is encrypted, and I can't read encrypted messages."
-    content = {"msgtype": "m.notice", "body": body, "m.mentions": {}}
-    await send(homeserver, room_id, content, f"encrypted{room_id}")
-
-
-async def send(homeserver: Homeserver, room_id: str, content: dict[str, Any], tx_id: str) -> bool:
-    """Send a message, once however often it is tried with this transaction ID; tell if it went."""
-    call = partial(homeserver.client.room_send, room_id, "m.room.message", content, tx_id)
-    try:
-        await homeserver.request(call, room_id)
-    except Failure as failure:
-        log.warning("Passed over %s in %s: %s", tx_id, room_id, failure)
-        return False
-    return True
+# HTTP statuses after which a request is not repeated: of most, and of those that find a homeserver.
+REFUSED = frozenset(range(400, 500)) - {401, 429}
+ANSWERED = frozenset(range(200, 500)) - {429}
 
 
 class Homeserver:
-    """The bot's account on its homeserver: login, requests, and one rule for all their errors.
-
-    It also keeps what the bot knows of its rooms, until the process ends.
-    """
+    """The bot's account on its homeserver: login, requests, and one rule for all their errors."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.client = Client("")
-        self.is_known = False  # whether a homeserver has let us in there before
+        self.rooms: dict[str, Room] = {}
         # Synapse repeats a response for two minutes to who asks with the same parameters, though
         # messages may have been redacted: so each process asks with others.
         self.hold = SYNC_TIMEOUT - random.randrange(1000)
-        self.is_closing = False
         self.answered = 0
         self.last_sync = ""
-        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.just_joined: set[str] = set()
-        self.told_encrypted: set[str] = set()
-        self.failing: dict[str, float] = {}  # room ID: since when
-        self.last_vital_failure = self.alive_until = 0.0
-        self.login_lock = asyncio.Lock()
-        self.slots = asyncio.Semaphore(MAX_REQUESTS)
         self.logins: deque[float] = deque(maxlen=LOGINS)
-        self.troubled: set[asyncio.Task[Any] | None] = set()
+        self.limits: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.last_vital_failure = self.alive_until = 0.0
+        self.troubled: set[Room | None] = set()
         self.causes: set[str] = set()
 
+    def room(self, room_id: str) -> Room:
+        """Return what is remembered of a room."""
+        return self.rooms.setdefault(room_id, Room(self, room_id))
+
     async def connect(self) -> None:
-        """Restore the session or log in; raise Exit if that is refused."""
-        settings, directory = self.settings, self.settings.state_directory
-        session = load_session(directory)
-        self.is_known = session is not None and session.belongs_to(settings)
-        if session and self.is_known:
+        """Go on with the saved session or log in; raise Exit if that is refused."""
+        settings, session = self.settings, load_session(self.settings.state_directory)
+        if session and session.belongs_to(settings):
             self.client = open_client(session.homeserver, settings.user)
             self.client.restore_login(session.user_id, session.device_id, session.access_token)
         else:
-            url = settings.homeserver or await self.discover()
-            self.client = open_client(url, settings.user)
+            self.client = open_client(settings.homeserver or await self.discover(), settings.user)
             self.client.device_id = DEVICE_ID
-        if not re.match(
-            r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", self.client.homeserver
-        ):
-            log.warning("%s is not encrypted: others can read along", self.client.homeserver)
+        url = self.client.homeserver
+        if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
+            log.warning("%s is not encrypted: others can read along", url)
         if settings.access_token or not self.client.access_token:
             await self.log_in()
-            if session and not self.is_known:
+            if session and not session.belongs_to(settings):
                 log.warning("Not using the state of %s at %s", session.user_id, session.homeserver)
-                (directory / "next_batch").unlink(missing_ok=True)
+                (settings.state_directory / "next_batch").unlink(missing_ok=True)
             self.save_session()
-        self.is_known = True
         log.info("Logged in as %s, device id: %s.", self.client.user_id, self.client.device_id)
 
     async def discover(self) -> str:
@@ -430,7 +406,7 @@ class Homeserver:
         server_name = self.settings.user.partition(":")[2]
         self.client = open_client("https://" + re.sub(r":\d+$", "", server_name))
         try:
-            found = await self.request(self.client.discovery_info, final=ANSWERED)
+            found = await self.request(None, self.client.discovery_info, final=ANSWERED)
             if is_base_url(found.homeserver_url):
                 return str(found.homeserver_url)
             problem = "its base_url is malformed"
@@ -453,11 +429,12 @@ class Homeserver:
         self.logins.append(time.monotonic())
         # Some homeservers refuse any request with an access token that they do not know.
         client.access_token = settings.access_token
-        login = partial(client.login, settings.password, "echobot")
         try:
-            found = await self.request(
-                client.whoami if settings.access_token else login, final=ANSWERED
-            )
+            if settings.access_token:
+                found = await self.request(None, client.whoami, final=ANSWERED)
+            else:
+                password = settings.password
+                found = await self.request(None, client.login, password, "echobot", final=ANSWERED)
         except Failure as failure:
             url, secret = client.homeserver, "ACCESS_TOKEN" if settings.access_token else "PASSWORD"
             if failure.errcode and failure.status != 404:
@@ -476,115 +453,116 @@ class Homeserver:
         access_token = "" if self.settings.access_token else client.access_token
         session = Session(client.homeserver, client.user_id, client.device_id or "", access_token)
         try:
-            replace_file(directory / "session.json", json.dumps(asdict(session)))
+            replace_file(directory / "session.json", json.dumps(session._asdict()))
         except OSError as error:
             log.error("Can't save session.json in %s: %s", directory, error.strerror)
 
-    async def sync(self, since: str | None) -> SyncResponse:
+    async def sync(self, since: str | None, room: Room | None = None) -> JSON:
         """Return the next sync response; raise Failure if the homeserver refuses `since`.
 
         Without `since` it tells of the position and of pending invitations only.
         """
-        while True:
-            access_token = self.client.access_token
-            call, final = partial(self.sync_once, since), {400, 401} if since else {401}
-            try:
-                response: SyncResponse = await self.request(call, final=final)
-            except Failure as failure:
-                if failure.status != 401:
-                    raise
-                # Only here, as any server can have the join of its room answered with 401.
-                await self.renew(access_token)
-            else:
-                if not self.last_sync:
-                    notify("READY=1")
-                self.last_sync = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-                self.tell_status()
-                return response
+        final = {400} if since else ()
+        response: JSON = await self.request(room, self.sync_once, since, final=final)
+        if not self.last_sync:
+            notify("READY=1")
+        self.last_sync = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        self.tell_status()
+        return response
 
     async def sync_once(self, since: str | None) -> Any:
         """Sync once, letting through messages of others after `since`, or without it nothing."""
-        messages = {**MESSAGES, "not_senders": [self.client.user_id]}
-        only = sync_filter(messages if since else NOTHING)
+        nothing: JSON = {"types": []}
+        room = dict.fromkeys(("timeline", "state", "ephemeral", "account_data"), nothing)
+        if since:
+            room["timeline"] = {**MESSAGES, "not_senders": [self.client.user_id]}
+        only = {"room": room, "presence": nothing, "account_data": nothing}
         # Without `since` the homeserver does not wait for news, but may take minutes to answer.
         # After trouble it need not wait either: it shows at once that the trouble is over.
-        hold = 1 if asyncio.current_task() in self.troubled else self.hold
+        hold = 1 if None in self.troubled else self.hold
         return await self.client.sync(hold if since else 8 * self.hold, only, since)
 
     def tell_status(self) -> None:
         """Tell systemd how many commands were answered, and when the last sync was."""
         notify(f"STATUS=Answered {self.answered}, last sync at {self.last_sync}")
 
-    async def renew(self, access_token: str) -> None:
-        """Log in again, unless the access token was renewed meanwhile."""
-        async with self.login_lock:
-            if self.client.access_token == access_token:
-                log.warning("The access token is no longer valid: logging in again")
-                await self.log_in()
-                self.save_session()
+    async def request(
+        self, room: Room | None, method: Any, *arguments: Any, final: Container[int] = REFUSED
+    ) -> Any:
+        """Return the response of one of the client's methods; repeat it while that may help.
 
-    async def request(self, call: Call, room_id: str = "", final: Container[int] = REFUSED) -> Any:
-        """Return the response to a request; repeat it while that may help, else raise Failure.
-
-        Not repeated is what the homeserver itself refuses with an HTTP status in `final`, nor what
-        fails in a room for PATIENCE s while requests of no room, for which all wait, do not.
+        Raise Failure for what the homeserver itself refuses with an HTTP status in `final`, and for
+        what fails in a room for PATIENCE s while requests of no room, for which all wait, do not.
         """
         attempt = 0
         while True:
-            if not room_id:
+            if not room:
                 self.alive_until = time.monotonic() + ALIVE
             try:
-                async with self.slots if room_id else contextlib.nullcontext():
-                    response = await outcome(call)
+                response = await outcome(method, *arguments)
             except Failure as failure:
                 attempt += 1
-                refused = self.is_refused(failure, final, attempt)
-                if refused or self.is_overdue(room_id, failure, attempt):
-                    self.note_end_of_trouble("Given up on a request to %s")
+                if self.is_final(room, failure, attempt, final):
+                    self.note_end_of_trouble(room)
                     raise
-                wait = max(failure.retry_after, backoff(0 if failure.retry_after else attempt - 1))
-                self.note_trouble(room_id, failure, wait)
-                await asyncio.sleep(wait)
+                # Not in a room: any server can have the join of its room answered with 401.
+                if failure.status == 401 and failure.errcode and not room:
+                    log.warning("The access token is no longer valid: logging in again")
+                    await self.log_in()
+                    self.save_session()
+                else:
+                    self.note_trouble(room, failure)
+                    await self.wait(room, failure, attempt, method.__name__)
             else:
-                self.failing.pop(room_id, None)
-                self.note_end_of_trouble("No more trouble with %s")
+                if room:
+                    room.failing_since = 0.0
+                self.note_end_of_trouble(room)
                 return response
 
-    def is_refused(self, failure: Failure, final: Container[int], attempt: int) -> bool:
-        """Tell whether a homeserver said no, or clearly something else than a homeserver."""
+    def is_final(
+        self, room: Room | None, failure: Failure, attempt: int, final: Container[int]
+    ) -> bool:
+        """Tell whether it was refused, or a room has had nothing but failures for too long."""
         # Without an errcode it may come from a proxy whose homeserver is restarting.
-        no_matrix = not self.is_known and (failure.status == 404 or attempt >= 5)
-        return failure.status in final and bool(failure.errcode or no_matrix)
-
-    def is_overdue(self, room_id: str, failure: Failure, attempt: int) -> bool:
-        """Tell whether a room has had nothing but failures for too long, other than rate limits."""
-        if not room_id or failure.status == 429:
-            self.failing.pop(room_id, None)
+        no_matrix = not self.client.user_id and (failure.status == 404 or attempt >= 5)
+        if failure.status in final and (failure.errcode or no_matrix):
+            return True
+        if not room or failure.status == 429:
             return False
-        now = time.monotonic()
-        since = max(self.failing.setdefault(room_id, now), self.last_vital_failure)
+        room.failing_since = room.failing_since or time.monotonic()
+        since = max(room.failing_since, self.last_vital_failure)
         # A room that was given up before still has a few attempts for each event.
-        return attempt > 3 and now - since > PATIENCE
+        return attempt > 3 and time.monotonic() - since > PATIENCE
 
-    def note_trouble(self, room_id: str, failure: Failure, wait: float) -> None:
+    def note_trouble(self, room: Room | None, failure: Failure) -> None:
         """Log what is wrong, each cause once until nothing is."""
-        if not room_id:
+        if not room:
             self.last_vital_failure = time.monotonic()
-            self.alive_until += wait
         elif failure.status == 429:
-            return  # A room's rate limit is no trouble: every reply may meet it.
-        self.troubled.add(asyncio.current_task())
+            return  # Every reply may meet a rate limit.
+        self.troubled.add(room)
         if str(failure) not in self.causes:
             self.causes.add(str(failure))
             log.warning("Trouble with %s: %s; trying again", self.client.homeserver, failure)
 
-    def note_end_of_trouble(self, message: str) -> None:
-        """Log how the last request in trouble came out of it."""
-        if asyncio.current_task() in self.troubled:
-            self.troubled.remove(asyncio.current_task())
+    def note_end_of_trouble(self, room: Room | None) -> None:
+        """Log when nothing is wrong any more."""
+        if room in self.troubled:
+            self.troubled.remove(room)
             if not self.troubled:
                 self.causes.clear()
-                log.info(message, self.client.homeserver)
+                log.info("No more trouble with %s", self.client.homeserver)
+
+    async def wait(self, room: Room | None, failure: Failure, attempt: int, name: str) -> None:
+        """Wait until a request may be repeated."""
+        wait = max(failure.retry_after, backoff(0 if failure.retry_after else attempt - 1))
+        until = time.monotonic() + wait
+        if not room:
+            self.alive_until = until + ALIVE
+        # Rooms go on in the order in which they met a rate limit: so none of them starves.
+        is_limited = room is not None and failure.status == 429
+        async with self.limits[name] if is_limited else contextlib.nullcontext():
+            await asyncio.sleep(until - time.monotonic())
 
 
 class Failure(Exception):
@@ -599,10 +577,12 @@ class Failure(Exception):
         self.status, self.errcode, self.retry_after = status, errcode, retry_after
 
 
-async def outcome(call: Call) -> Any:
-    """Return the response to one request; raise Failure for all else that can come of it."""
+async def outcome(method: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+    """Return the response of one of the client's methods; raise Failure for all else."""
     try:
-        response = await call()
+        return await method(*arguments)
+    except Failure:
+        raise
     except asyncio.TimeoutError:
         raise Failure("no answer in time") from None
     except (aiohttp.ClientConnectionError, OSError) as error:
@@ -610,16 +590,6 @@ async def outcome(call: Call) -> Any:
     except Exception as error:
         # Without its text, which may quote the answer, or a proxy's password.
         raise Failure(f"{type(error).__name__} {getattr(error, 'status', '')}".strip()) from None
-    http: Any = response.transport_response
-    if http.status == 200 and not isinstance(response, ErrorResponse):
-        return response
-    errcode, wait_ms = "", 0
-    if isinstance(response, ErrorResponse):
-        errcode, wait_ms = response.status_code or "", response.retry_after_ms or 0
-    seconds = http.headers.get("Retry-After", "")
-    wait = float(seconds) if seconds.isdecimal() else wait_ms / 1000
-    cause = f"HTTP {http.status} {errcode or 'without a Matrix response'}"
-    raise Failure(cause, http.status, errcode, min(wait, MAX_RETRY_AFTER))
 
 
 def backoff(attempt: int) -> float:
@@ -628,84 +598,40 @@ def backoff(attempt: int) -> float:
 
 
 class Client(AsyncClient):
-    """nio's client, but it reads of responses with events just what is used here.
+    """nio's client, but it raises what is no success, and leaves responses with events as they are.
 
-    nio's own parser fails on a whole response for one odd part of it, and takes most of the time.
+    nio's own parser fails on a whole response for one odd event, and takes most of the time.
     """
 
     async def create_matrix_response(
-        self, response_class: Any, transport_response: Any, data: Any = (), save_to: Any = None
+        self, response_class: Any, transport_response: Any, data: Any = None, save_to: Any = None
     ) -> Any:
-        """Return the response of that class that an HTTP response carries, or an ErrorResponse."""
-        response: Any = None
-        if transport_response.status == 200 and response_class is SyncResponse:
-            response = read_sync(await self.parse_body(transport_response))
-        elif transport_response.status == 200 and response_class is RoomMessagesResponse:
-            response = read_messages(await self.parse_body(transport_response), *data)
-        if not response:
-            parse = super().create_matrix_response
-            return await parse(response_class, transport_response, data, save_to)
-        response.transport_response = transport_response
-        return response
+        """Return the response that an HTTP response carries, as JSON if it has events."""
+        body = await self.parse_body(transport_response)
+        if transport_response.status == 200:
+            if response_class is SyncResponse:
+                response = body if part(body, str, "next_batch") else None
+            elif response_class is RoomMessagesResponse:
+                response = body if part(body, str, "start") else None
+            else:
+                response = response_class.from_dict(body, *data or ())
+            if response and not isinstance(response, ErrorResponse):
+                return response
+        errcode = part(body, str, "errcode")
+        seconds = transport_response.headers.get("Retry-After", "")
+        wait = float(seconds) if seconds.isdecimal() else part(body, int, "retry_after_ms") / 1000
+        cause = f"HTTP {transport_response.status} {errcode or 'without a Matrix response'}"
+        raise Failure(cause, transport_response.status, errcode, min(wait, MAX_RETRY_AFTER))
 
     async def receive_response(self, response: Any) -> None:
         """Change nothing: nio's picture of the rooms is not used, and logging in is ours."""
 
 
-def read_sync(body: Any) -> SyncResponse | None:
-    """Return what is used here of a sync response: the position, messages and invitations."""
-    rooms = part(body, "rooms", dict)
-    join, invite = {}, {}
-    for room_id, room in part(rooms, "join", dict).items():
-        timeline = part(room, "timeline", dict)
-        events = read_events(part(timeline, "events", list))
-        limited = part(timeline, "limited", bool)
-        join[room_id] = RoomInfo(Timeline(events, limited, None), [], [], [])
-    for room_id, room in part(rooms, "invite", dict).items():
-        invite[room_id] = InviteInfo(part(part(room, "invite_state", dict), "events", list))
-    if next_batch := part(body, "next_batch", str):
-        no_keys, no_devices = DeviceOneTimeKeyCount(None, None), DeviceList([], [])
-        return SyncResponse(next_batch, Rooms(invite, join, {}), no_keys, no_devices, [], [])
-    return None
-
-
-def read_messages(body: Any, room_id: str) -> RoomMessagesResponse | None:
-    """Return what is used here of a page of messages: the events and where the next page starts."""
-    if start := part(body, "start", str):
-        chunk: Any = read_events(part(body, "chunk", list))
-        return RoomMessagesResponse(room_id, chunk, start, part(body, "end", str))
-    return None
-
-
-def read_events(chunk: list[Any]) -> list[Event]:
-    """Return the events of a timeline, without those that are malformed."""
-    events: list[Event] = []
-    for source in chunk:
-        match source:
-            case {"event_id": str(), "sender": str(), "origin_server_ts": int(), "type": str()}:
-                content = part(source, "content", dict)
-                body = content.get("body")
-                if content.get("msgtype") == "m.text" and isinstance(body, str):
-                    formatted = part(content, "formatted_body", str) or None
-                    style = part(content, "format", str) or None
-                    events.append(RoomMessageText(source, body, formatted, style))
-                else:
-                    events.append(Event(source))
-    if len(events) < len(chunk):
-        log.error("Passed over %d malformed events", len(chunk) - len(events))
-    return events
-
-
-def part(whole: Any, name: str, kind: type) -> Any:
+def part(whole: Any, kind: type, *path: str) -> Any:
     """Return a part of untrusted JSON, empty if it is missing or of another kind."""
-    value = whole.get(name) if isinstance(whole, dict) else None
-    return value if isinstance(value, kind) else kind()
-
-
-def sync_filter(timeline: dict[str, Any]) -> dict[str, Any]:
-    """Return a filter that lets through the timeline events of that filter and nothing else."""
-    room = {"timeline": timeline, **dict.fromkeys(("state", "ephemeral", "account_data"), NOTHING)}
-    return {"room": room, "presence": NOTHING, "account_data": NOTHING}
+    for name in path:
+        whole = whole.get(name) if isinstance(whole, dict) else None
+    return whole if isinstance(whole, kind) else kind()
 
 
 def open_client(homeserver: str, user: str = "") -> Client:
@@ -722,14 +648,13 @@ def open_client(homeserver: str, user: str = "") -> Client:
         raise Exit(
             78, f"{url.scheme.upper()}_PROXY is malformed: set it to a URL like http://host:3128"
         )
-    # nio's own session ends at 100 connections: that many sends that hang would stop the poll.
-    connector = aiohttp.TCPConnector(limit=0)
+    # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
+    connector = aiohttp.TCPConnector(limit=MAX_CONNECTIONS)
     client.client_session = aiohttp.ClientSession(connector=connector, proxy=proxy)
     return client
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     """What session.json holds: where we are logged in, and as whom."""
 
     homeserver: str
@@ -753,9 +678,7 @@ def load_session(directory: Path) -> Session | None:
     """Return the session that was saved in a state directory, None if there is none."""
     try:
         fields = json.loads((directory / "session.json").read_bytes())
-        if all(isinstance(value, str) for value in fields.values()):
-            return Session(**fields)
-        raise ValueError
+        return Session(**{name: str(value) for name, value in fields.items()})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError):
