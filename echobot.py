@@ -194,8 +194,9 @@ async def accept_pending(homeserver: Homeserver, since: str) -> None:
 
 def start_answering(homeserver: Homeserver, response: JSON, since: str) -> Tasks:
     """Start to answer a sync response, which follows `since`: one task for each room."""
+    next_batch = response["next_batch"]
     work = [
-        homeserver.room(room_id).answer_timeline(room, since, response["next_batch"])
+        homeserver.room(room_id).answer_timeline(part(room, dict, "timeline"), since, next_batch)
         for room_id, room in part(response, dict, "rooms", "join").items()
     ] + [
         homeserver.room(room_id).accept_invitation(room, since)
@@ -215,14 +216,15 @@ class Room:
     told_encrypted: bool = False
     failing_since: float = 0.0  # monotonic s, 0 after a success
 
-    async def answer_timeline(self, room: JSON, since: str, next_batch: str) -> None:
-        """Answer the room's part of the sync response from `since` to `next_batch`, in its turn."""
+    async def answer_timeline(self, timeline: JSON, since: str, next_batch: str) -> None:
+        """Answer the room's part of a sync response, once its earlier parts are answered."""
         async with self.turn:
-            is_gap = part(room, bool, "timeline", "limited") or self.just_joined
+            has_gap = part(timeline, bool, "limited") or self.just_joined
             self.just_joined = False
-            if not is_gap or not await self.answer_gap(since, next_batch):
-                for event in part(room, list, "timeline", "events"):
-                    await self.answer(event)
+            if has_gap and await self.answer_gap(since, next_batch):
+                return
+            for event in part(timeline, list, "events"):
+                await self.answer(event)
 
     async def answer_gap(self, since: str, next_batch: str | None) -> bool:
         """Answer what was sent between two positions, page by page; tell if all was read.
@@ -232,9 +234,8 @@ class Room:
         read, forward = self.homeserver.client.room_messages, MessageDirection.front
         position = since
         while position:
-            page_at = (self.room_id, position, next_batch, forward, 100, MESSAGES)
             try:
-                page = await self.homeserver.request(self, read, *page_at)
+                page = await self.request(read, position, next_batch, forward, 100, MESSAGES)
             except Failure as failure:
                 log.warning("Passed over a gap in %s: %s", self.room_id, failure)
                 return False
@@ -256,10 +257,10 @@ class Room:
         try:
             async with self.turn:
                 if not any(fnmatch.fnmatchcase(inviter, pattern) for pattern in patterns):
-                    await self.homeserver.request(self, client.room_leave, self.room_id)
+                    await self.request(client.room_leave)
                     log.info("Rejected the invitation of %s to %s", inviter, self.room_id)
                     return
-                await self.homeserver.request(self, client.join, self.room_id)
+                await self.request(client.join)
                 log.info("Joined %s, invited by %s", self.room_id, inviter)
                 self.just_joined = True
                 # To the present: polling has gone on meanwhile, and told nothing of this room.
@@ -285,14 +286,10 @@ class Room:
                 "event_id": str(),
                 "sender": str(),
                 "origin_server_ts": int(),
-                "content": {"msgtype": "m.text", "body": str(body), **content},
+                "content": {"msgtype": "m.text", "body": str(body)} as content,
             }:
-                formatted_body, style = (
-                    part(content, str, k) for k in ("formatted_body", "format")
-                )
-                await self.reply(
-                    RoomMessageText(event, body, formatted_body or None, style or None)
-                )
+                formatted_body, style = content.get("formatted_body"), content.get("format")
+                await self.reply(RoomMessageText(event, body, formatted_body, style))
             case {"type": str(), "event_id": str(), "sender": str(), "origin_server_ts": int()}:
                 return
             case _:
@@ -328,13 +325,17 @@ class Room:
 
     async def send(self, content: JSON, tx_id: str) -> bool:
         """Send a message, once however often it is tried with a transaction ID; tell if it went."""
-        message = (self.room_id, "m.room.message", content, tx_id)
+        room_send = self.homeserver.client.room_send
         try:
-            await self.homeserver.request(self, self.homeserver.client.room_send, *message)
+            await self.request(room_send, "m.room.message", content, tx_id)
         except Failure as failure:
             log.warning("Passed over %s in %s: %s", tx_id, self.room_id, failure)
             return False
         return True
+
+    async def request(self, method: Any, *arguments: Any) -> Any:
+        """Return the response of one of the client's methods that takes a room ID first."""
+        return await self.homeserver.request(self, method, self.room_id, *arguments)
 
 
 def text_content(body: str, event: RoomMessageText) -> JSON:
