@@ -721,11 +721,10 @@ async def save_in_order(batches: Batches, directory: Path) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Replace a file so that after a crash it holds either the old text or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(descriptor, "w") as file:
+    with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(text)
         file.flush()
-        os.fsync(descriptor)
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -777,28 +776,29 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             problems.append(f"{name} is {'malformed' if value else 'missing'}: set it to {hint}")
         return value
 
-    user = get("MATRIX_USER", "", r"@[^\s:]+:[^\s/@]+|[^\s:@]+", "a user ID like @bot:example.org")
-    password = get("MATRIX_PASSWORD")
-    access_token = get("MATRIX_ACCESS_TOKEN", "", r"[!-~]*", "an access token, without spaces")
-    homeserver = get("MATRIX_HOMESERVER").rstrip("/")
-    if homeserver and not is_base_url(homeserver):
+    user_id, patterns = r"@[^\s:]+:[^\s/@]+|[^\s:@]+", r"\s*([@*?[]\S*(\s+|$))+"
+    settings = Settings(
+        user=get("MATRIX_USER", "", user_id, "a user ID like @bot:example.org"),
+        password=get("MATRIX_PASSWORD"),
+        access_token=get("MATRIX_ACCESS_TOKEN", "", r"[!-~]*", "an access token, without spaces"),
+        homeserver=get("MATRIX_HOMESERVER").rstrip("/"),
+        inviters=get("MATRIX_INVITERS", "*", patterns, "user ID patterns like @*:a.org").split(),
+        state_directory=Path(get("STATE_DIRECTORY", ".")),
+        log_level=get("LOG_LEVEL", "INFO", "DEBUG|INFO|WARNING|ERROR", "one of those in --help"),
+    )
+    if settings.homeserver and not is_base_url(settings.homeserver):
         problems.append("MATRIX_HOMESERVER is malformed: set it to a URL like https://example.org")
-    patterns = r"\s*([@*?[]\S*(\s+|$))+"
-    inviters = get("MATRIX_INVITERS", "*", patterns, "user ID patterns like @*:example.org")
-    levels = "DEBUG|INFO|WARNING|ERROR"
-    log_level = get("LOG_LEVEL", "INFO", f"(?i){levels}", levels.replace("|", " or ")).upper()
-    directory = Path(get("STATE_DIRECTORY", "."))
-    if not directory.is_dir():
-        problems.append(f"STATE_DIRECTORY {directory} is no directory: set it to one")
-    if not password and not access_token:
+    if not settings.password and not settings.access_token:
         problems.append("MATRIX_PASSWORD is missing: set it or MATRIX_ACCESS_TOKEN")
-    if user and ":" not in user and not homeserver:
+    if settings.user and ":" not in settings.user and not settings.homeserver:
         problems.append("MATRIX_HOMESERVER is missing: set it, or MATRIX_USER to a full user ID")
+    if not settings.state_directory.is_dir():
+        problems.append(
+            f"STATE_DIRECTORY {settings.state_directory} is no directory: set it to one"
+        )
     if problems:
         raise Exit(78, "; ".join(problems))
-    return Settings(
-        user, password, access_token, homeserver, inviters.split(), directory, log_level
-    )
+    return settings
 
 
 def is_base_url(text: str) -> bool:

@@ -85,6 +85,11 @@ class Bot:
             )
         return self
 
+    async def run(self) -> None:
+        """Start the process for the first time, and wait until it takes commands."""
+        await self.start()
+        await self.ready()
+
     @property
     def running(self) -> bool:
         """Whether there is a process that has not ended."""

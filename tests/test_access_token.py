@@ -30,8 +30,7 @@ async def test_token_revoked_while_running_is_replaced_on_the_same_device(
 ) -> None:
     """The bot logs in again with the password, and what was said meanwhile is answered."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     session = bot.session
     await alice.send(room_id, "!replybot before")
     await people.replies(alice, room_id, 1)
@@ -48,8 +47,7 @@ async def test_token_revoked_while_stopped_is_replaced_on_the_same_device(
 ) -> None:
     """The start with a dead token logs in again, and what was said meanwhile is answered."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     assert await bot.stop() == 0
     session = bot.session
     await revoke(people, session["access_token"])
@@ -69,8 +67,7 @@ async def test_session_that_expires_is_renewed_on_the_same_device() -> None:
         room_id = await people.room_with_bot(alice)
         async with new_bot(homeserver.url, MATRIX_USER=people.bot_id) as bot:
             bot.script = fork(bot.directory, SYNC_TIMEOUT=2000)
-            await bot.start()
-            await bot.ready()
+            await bot.run()
             device_id = bot.session["device_id"]
             await alice.send(room_id, "!replybot before")
             await bot.logs("logging in again", times=2)
@@ -86,8 +83,7 @@ async def test_soft_logout_costs_at_most_one_login(
 ) -> None:
     """Told so once, in a poll or a send, the bot goes on, on the same device."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     device_id = proxied_bot.session["device_id"]
     with proxy.inject(faults.answer(401, SOFT_LOGOUT), pattern, times=1) as soft_logout:
         for n in range(3):
@@ -116,8 +112,7 @@ async def test_login_does_not_carry_the_refused_token(
 ) -> None:
     """Homeservers of Conduit's family refuse any request with a token they do not know."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with proxy.inject(refusal_of(proxied_bot.session["access_token"], REFUSED)) as refused:
         await alice.send(room_id, "!replybot hello")
         assert await people.replies(alice, room_id, 1) == ["hello"]
@@ -136,8 +131,7 @@ async def test_many_requests_refused_at_once_cost_one_login(
 ) -> None:
     """A refusal that comes after the next login is not taken for one of the new token."""
     rooms = [await people.room_with_bot(alice) for _ in range(10)]
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     refusal = refusal_of(proxied_bot.session["access_token"], body)
     with proxy.inject(refusal, f"{POLL}|{SEND}") as refused:
         await asyncio.gather(*[alice.send(room_id, "!replybot hello") for room_id in rooms])
@@ -154,8 +148,7 @@ async def test_login_outlives_answers_that_are_not_of_a_homeserver(
     """A bot that ran before waits for its homeserver, whatever answers in its place meanwhile."""
     room_id = await people.room_with_bot(alice)
     proxied_bot.script = fork(proxied_bot.directory, MAX_BACKOFF=0.25)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with proxy.inject(fault, LOGIN, times=8) as confused:
         await revoke(people, proxied_bot.session["access_token"])
         await alice.send(room_id, "!replybot hello")
@@ -184,8 +177,7 @@ async def test_logins_are_spaced(
 
 async def test_password_changed_while_running_ends_it(people: People, bot: Bot) -> None:
     """The exit status is 77, and one line says what to check."""
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     identifier = {"type": "m.id.user", "user": people.bot_id}
     auth = {"type": "m.login.password", "identifier": identifier, "password": PASSWORD}
     change = {"new_password": "another", "logout_devices": True, "auth": auth}
@@ -214,8 +206,7 @@ async def bot_with_token(people: People) -> AsyncIterator[tuple[Bot, str]]:
 async def test_given_token_revoked_while_running_ends_it(people: People) -> None:
     """With MATRIX_ACCESS_TOKEN the exit status is 77, and one line says what to check."""
     async with bot_with_token(people) as (bot, access_token):
-        await bot.start()
-        await bot.ready()
+        await bot.run()
         await revoke(people, access_token)
         assert await bot.wait(60) == 77
         assert complaints(bot) == 1
@@ -238,8 +229,7 @@ async def test_given_token_is_not_written_anywhere(people: People, alice: User) 
     async with bot_with_token(people) as (bot, access_token):
         bot.environment["LOG_LEVEL"] = "DEBUG"
         devices = await people.account.devices()
-        await bot.start()
-        await bot.ready()
+        await bot.run()
         await alice.send(room_id, "!replybot hello")
         assert await people.replies(alice, room_id, 1) == ["hello"]
         assert await bot.stop() == 0

@@ -15,8 +15,7 @@ async def test_burst_from_four_users_is_answered_once(
     """200 commands at once in one room: each is answered once, each sender's in order."""
     others = [await people.user(f"user{n}-") for n in range(3)]
     room_id = await people.room_with_bot(alice, *others)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
 
     async def burst(user: User, name: int) -> None:
         for n in range(50):
@@ -33,8 +32,7 @@ async def test_burst_from_four_users_is_answered_once(
 async def test_limited_timeline_is_read_oldest_first(people: People, alice: User, bot: Bot) -> None:
     """250 commands sent while the bot was down are answered once and in order, as three pages."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await bot.stop()
     for n in range(250):
         await alice.send(room_id, f"!replybot {n}")
@@ -47,8 +45,7 @@ async def test_limited_timeline_is_read_oldest_first(people: People, alice: User
 async def test_short_downtime_in_many_rooms(people: People, alice: User, bot: Bot) -> None:
     """What fits a sync answer is answered from it, in each of five rooms."""
     rooms = [await people.room_with_bot(alice) for _ in range(5)]
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await bot.kill()
     for n in range(3):
         for room_id in rooms:
@@ -64,8 +61,7 @@ async def test_own_messages_in_a_gap_are_not_answered(
     """What the bot's account said itself among more than fits a sync answer gets no reply."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, MESSAGES={"types": ["m.room.message"], "limit": 5})
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await bot.stop()
     for n in range(10):
         await alice.send(room_id, f"!replybot {n}")

@@ -15,8 +15,7 @@ KILLS = 12
 async def test_kills_at_random_moments(people: People, alice: User, bot: Bot) -> None:
     """SIGKILLs under bursts in two rooms: all answered once, in order, and no new device."""
     rooms = [await people.room_with_bot(alice) for _ in range(2)]
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     devices = await people.account.devices()
     sent: dict[str, list[str]] = {room_id: [] for room_id in rooms}
     done = asyncio.Event()
@@ -57,16 +56,14 @@ async def test_crash_amid_the_first_login_makes_one_device(people: People, bot: 
         await eventually(session_begun)
         await asyncio.sleep(chance.uniform(0, 0.1))
         await bot.kill()
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     assert len(await people.account.devices() - before) == 1
 
 
 async def test_homeserver_stopped_killed_and_back(people: People, alice: User, bot: Bot) -> None:
     """The bot outlives its homeserver and answers what was sent before and after."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     expected = []
     for end in (people.homeserver.stop, people.homeserver.kill):
         for n in range(20):

@@ -10,8 +10,7 @@ from homeserver import PASSWORD, User
 async def test_command_is_answered_with_its_rest(people: People, alice: User, bot: Bot) -> None:
     """`!replybot hello world` is answered with `hello world`, in a text that mentions nobody."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(room_id, "!replybot hello world")
     assert await people.replies(alice, room_id, 1) == ["hello world"]
     reply = (await alice.events(room_id))[-1]
@@ -20,8 +19,7 @@ async def test_command_is_answered_with_its_rest(people: People, alice: User, bo
 
 async def test_login_is_announced_as_in_the_tutorial(people: People, bot: Bot) -> None:
     """The log has the line of the tutorial, with the device that the homeserver knows."""
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     device_id = bot.session["device_id"]
     assert f"Logged in as {people.bot_id}, device id: {device_id}." in bot.log
     assert device_id in await people.account.devices()
@@ -30,8 +28,7 @@ async def test_login_is_announced_as_in_the_tutorial(people: People, bot: Bot) -
 async def test_next_batch_holds_the_sync_token(people: People, alice: User, bot: Bot) -> None:
     """The file is plain text that moves on with every message, as in the tutorial."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     path = bot.state / "next_batch"
     before = path.read_text()
     await alice.send(room_id, "hello")
@@ -46,8 +43,7 @@ async def test_next_batch_holds_the_sync_token(people: People, alice: User, bot:
 async def test_only_commands_of_others_are_answered(people: People, alice: User, bot: Bot) -> None:
     """Other texts, notices, emotes, edits, redacted and own messages get no answer."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     own = await people.homeserver.log_in(people.bot_id, PASSWORD)
     await own.send(room_id, "!replybot own message")
     await alice.send(room_id, "hello !replybot")
@@ -70,8 +66,7 @@ async def test_only_commands_of_others_are_answered(people: People, alice: User,
 async def test_odd_parts_do_not_cost_the_answer(people: People, alice: User, bot: Bot) -> None:
     """A command is answered whatever else is in its content."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     odd: list[dict[str, object]] = [{"formatted_body": None}, {"format": 5}, {"m.relates_to": []}]
     for n, content in enumerate(odd):
         await alice.send(room_id, f"!replybot {n}", **content)
@@ -81,8 +76,7 @@ async def test_odd_parts_do_not_cost_the_answer(people: People, alice: User, bot
 async def test_redacted_command_is_not_answered(people: People, alice: User, bot: Bot) -> None:
     """A command that was redacted while the bot was away gets no answer."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await bot.stop()
     event_id = await alice.send(room_id, "!replybot regretted")
     await alice.request("PUT", f"/rooms/{room_id}/redact/{event_id}/1", {})
@@ -94,8 +88,7 @@ async def test_redacted_command_is_not_answered(people: People, alice: User, bot
 async def test_bare_command_gets_a_hint(people: People, alice: User, bot: Bot) -> None:
     """`!replybot` alone is answered with one line on how to use it."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(room_id, "!replybot")
     (hint,) = await people.replies(alice, room_id, 1)
     assert "!replybot" in hint
@@ -106,8 +99,7 @@ async def test_bare_command_gets_a_hint(people: People, alice: User, bot: Bot) -
 async def test_no_reply_is_a_command(people: People, alice: User, bot: Bot) -> None:
     """Every `!replybot` is removed, so that two such bots do not talk for ever; lines stay."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(room_id, "!replybot  !replybot one\n two !replybot")
     assert await people.replies(alice, room_id, 1) == ["one\n two"]
 
@@ -119,7 +111,6 @@ async def test_history_before_the_first_start_is_not_answered(
     room_id = await people.room_with_bot(alice)
     for n in range(15):
         await alice.send(room_id, f"!replybot old {n}")
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(room_id, "!replybot new")
     assert await people.replies(alice, room_id, 1) == ["new"]

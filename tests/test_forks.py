@@ -59,8 +59,7 @@ async def test_dice_are_rolled_once(people: People, alice: User, bot: Bot) -> No
     """A bot whose replies are random gives one reply to each command, though it is asked again."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, DICE)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await say_and_kill(bot, [(alice, room_id, f"!roll {n}", {}) for n in range(60)])
     replies = await people.replies(alice, room_id, 60)
     assert [reply.partition(":")[0] for reply in replies] == [str(n) for n in range(60)]
@@ -95,8 +94,7 @@ async def test_slow_service_is_asked_for_each_command(
     """A bot that asks a slow HTTP service answers each command once and in order, in two rooms."""
     rooms = [await people.room_with_bot(alice) for _ in range(2)]
     bot.script = fork(bot.directory, WEATHER.replace("SERVICE", repr(weather)))
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     say: list[tuple[User, str, str, dict[str, object]]] = [
         (alice, room_id, f"!weather {n}", {}) for n in range(25) for room_id in rooms
     ]
@@ -112,8 +110,7 @@ async def test_mentions_are_answered_in_their_threads(
     """In a room full of threads, a bot that answers when mentioned does so once, in the thread."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, SECRETARY.replace("BOT", repr(people.bot_id)))
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     roots = [await alice.send(room_id, f"topic {n}") for n in range(4)]
     mention = {"m.mentions": {"user_ids": [people.bot_id]}}
     say: list[tuple[User, str, str, dict[str, object]]] = []

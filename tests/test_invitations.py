@@ -22,8 +22,7 @@ async def joined(people: People, user: User, room_id: str) -> None:
 
 async def test_invitation_is_accepted(people: People, alice: User, bot: Bot) -> None:
     """The bot joins, and answers what is said from then on."""
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     room_id = await alice.create_room(people.bot_id)
     await joined(people, alice, room_id)
     await alice.send(room_id, "!replybot hello")
@@ -46,8 +45,7 @@ async def test_history_from_before_the_invitation_is_not_answered(
     people: People, alice: User, bot: Bot
 ) -> None:
     """In a room with a past, only what follows the invitation counts, also over a downtime."""
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await bot.stop()
     room_id = await alice.create_room(preset="public_chat")
     for n in range(30):
@@ -65,8 +63,7 @@ async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
 ) -> None:
     """Another room is answered meanwhile; after a kill the bot joins, and all is said once."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with proxy.inject(faults.hold(asyncio.Event()), faults.JOIN) as hanging:
         invited = await alice.create_room(people.bot_id)
         await alice.send(invited, "!replybot first")
@@ -89,8 +86,7 @@ async def test_pending_invitation_is_not_forgotten_by_a_kill_in_the_first_start(
     room_id = await people.room_with_bot(alice)
     invited = await alice.create_room(people.bot_id)
     with proxy.inject(faults.hold(asyncio.Event()), faults.JOIN) as hanging:
-        await proxied_bot.start()
-        await proxied_bot.ready()
+        await proxied_bot.run()
 
         async def hangs() -> bool:
             return hanging.happened > 0
@@ -108,8 +104,7 @@ async def test_command_sent_while_the_join_hangs_is_answered(
 ) -> None:
     """What is said between invitation and join counts, though polls for other rooms pass it by."""
     busy = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     until = asyncio.Event()
     with proxy.inject(faults.hold(until), faults.JOIN) as hanging:
         invited = await alice.create_room(people.bot_id)
@@ -130,8 +125,7 @@ async def test_join_is_repeated_after_an_error(
     people: People, alice: User, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """A 502 and a lost answer do not cost the room."""
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with (
         proxy.inject(faults.bad_gateway, faults.JOIN, times=1) as refused,
         proxy.inject(faults.cut_after, faults.JOIN, times=1) as lost,
@@ -147,8 +141,7 @@ async def test_overview_that_never_comes_does_not_hold_the_position_back(
 ) -> None:
     """If the homeserver fails on a sync without `since` for too long, next_batch moves on."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     await proxied_bot.stop()
     proxied_bot.script = fork(proxied_bot.directory, PATIENCE=2)
     path = proxied_bot.state / "next_batch"

@@ -30,8 +30,7 @@ async def test_any_fault_on_any_request_costs_and_doubles_nothing(
             stack.enter_context(proxy.inject(EVERY_FAULT[name], pattern, times=1))
             for pattern in (LOGIN, POLL, MESSAGES, SEND)
         ]
-        await proxied_bot.start()
-        await proxied_bot.ready()
+        await proxied_bot.run()
         room_id = await alice.create_room(people.bot_id)
         # A room just joined is read from pages of messages, then from sync answers.
         await alice.send(room_id, "!replybot first")
@@ -47,8 +46,7 @@ async def test_lost_answer_to_a_send_does_not_double_the_reply(
 ) -> None:
     """Three times in a row the homeserver has the reply and the bot does not hear of it."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with proxy.inject(faults.cut_after, SEND, times=3) as lost:
         await alice.send(room_id, "!replybot first")
         await alice.send(room_id, "!replybot second")
@@ -62,8 +60,7 @@ async def test_crash_between_send_and_answer_does_not_double_the_reply(
 ) -> None:
     """Killed while the homeserver's answer to a send is on its way."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with proxy.inject(done_but_silent, SEND, times=1) as lost:
         await alice.send(room_id, "!replybot first")
         assert await people.replies(alice, room_id, 1) == ["first"]
@@ -80,8 +77,7 @@ async def test_crash_between_reply_and_save_does_not_double_the_reply(
 ) -> None:
     """Killed after replies, and started from the position before them."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     before = (proxied_bot.state / "next_batch").read_bytes()
     for n in range(3):
         await alice.send(room_id, f"!replybot {n}")
@@ -100,8 +96,7 @@ async def test_login_between_lost_answer_and_repetition_does_not_double_the_repl
     """While the answer to a send is waited for in vain, the access token is replaced."""
     room_id = await people.room_with_bot(alice)
     proxied_bot.script = fork(proxied_bot.directory, SYNC_TIMEOUT=2000, REQUEST_TIMEOUT=5)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     refusal = {"errcode": "M_UNKNOWN_TOKEN", "error": "Unknown access token"}
     with proxy.inject(done_but_silent, SEND, times=1) as lost:
         await alice.send(room_id, "!replybot first")
@@ -121,8 +116,7 @@ async def test_crash_and_logout_between_send_and_answer_do_not_double_the_reply(
 ) -> None:
     """Killed before the answer to a send, logged out while it is down."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with proxy.inject(done_but_silent, SEND, times=1) as lost:
         await alice.send(room_id, "!replybot first")
         await people.replies(alice, room_id, 1)

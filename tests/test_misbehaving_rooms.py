@@ -54,8 +54,7 @@ async def answers_promptly(people: People, user: User, room_id: str, count: int)
 async def test_muted_bot_passes_over_the_command(people: People, alice: User, bot: Bot) -> None:
     """Where the bot may not speak (403) the command is logged; once it may again, it answers."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await set_level_to_send(alice, room_id, 50)
     event_id = await alice.send(room_id, "!replybot muted")
     await bot.logs(f"Passed over {event_id}")
@@ -70,8 +69,7 @@ async def test_bot_kicked_between_command_and_reply(
 ) -> None:
     """The reply that came too late is logged; invited again, the bot comes back and answers."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     kicked = asyncio.Event()
     with proxy.inject(faults.hold(kicked), sends_to(room_id), times=1) as held:
         event_id = await alice.send(room_id, "!replybot too late")
@@ -88,8 +86,7 @@ async def test_reply_too_large_costs_one_reply(people: People, alice: User, bot:
     """A reply that no event can hold (413) is logged, and the next command is answered."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, HUGE)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     event_id = await alice.send(room_id, "!replybot huge")
     await alice.send(room_id, "!replybot fits")
     assert await people.replies(alice, room_id, 1) == ["fits"]
@@ -113,8 +110,7 @@ async def test_lone_surrogate_holds_nothing_up(
         return answer
 
     with proxy.inject(faults.rewrite(spoil), faults.SYNC):
-        await proxied_bot.start()
-        await proxied_bot.ready()
+        await proxied_bot.run()
         await alice.send(room_id, "!replybot half")
         thread = {"rel_type": "m.thread", "event_id": root}
         await alice.send(room_id, "!replybot in a thread", **{"m.relates_to": thread})
@@ -129,8 +125,7 @@ async def test_send_that_always_fails_is_given_up(
     """A command that only ever gets 500 is logged with its event ID and its room goes on."""
     room_id = await people.room_with_bot(alice)
     proxied_bot.script = fork(proxied_bot.directory, PATIENCE=2, MAX_BACKOFF=1)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with proxy.inject(faults.internal_error, sends_to(room_id)) as failing:
         event_id = await alice.send(room_id, "!replybot hopeless")
         await proxied_bot.logs(f"Passed over {event_id}")
@@ -148,8 +143,7 @@ async def test_others_are_answered_promptly_while_rooms_misbehave(
     ]
     proxied_bot.script = fork(proxied_bot.directory, HUGE, REQUEST_TIMEOUT=2, MAX_BACKOFF=2)
     await set_level_to_send(alice, muted, 50)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with (
         proxy.inject(faults.silence, sends_to(hanging)) as silence,
         proxy.inject(faults.internal_error, sends_to(failing)) as errors,
@@ -187,8 +181,7 @@ async def test_sends_that_hang_in_110_rooms_stop_no_other_room(
         proxy.inject(faults.rewrite(multiply), faults.POLL),
         proxy.inject(faults.hold(asyncio.Event()), sends_to("!hanging")) as hanging,
     ):
-        await proxied_bot.start()
-        await proxied_bot.ready()
+        await proxied_bot.run()
         await alice.send(room_id, "!replybot hello")
         await happened(hanging, times=110)
         assert await people.replies(alice, room_id, 1) == ["hello"]

@@ -77,8 +77,7 @@ async def test_bot_answers_on_python(
     if python is None:
         pytest.skip(f"Python {version} is not on this machine")
     bot.python = python
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     room_id = await alice.create_room(people.bot_id)
     await alice.send(room_id, "!replybot one")
     assert await people.replies(alice, room_id, 1) == ["one"]

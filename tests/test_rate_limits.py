@@ -31,8 +31,7 @@ async def test_synapse_limits_cost_no_reply_and_starve_no_room(limited_people: P
     senders = [await people.user(f"user{n}-") for n in range(5)]
     rooms = [await people.room_with_bot(*senders[:4]), await people.room_with_bot(senders[4])]
     async with new_bot(people.homeserver.url, MATRIX_USER=people.bot_id) as bot:
-        await bot.start()
-        await bot.ready()
+        await bot.run()
         started = time.time()
         for n in range(BURST):
             for number, sender in enumerate(senders):
@@ -67,8 +66,7 @@ async def test_429_is_waited_out_as_told(
 ) -> None:
     """Told to wait, in the body or only by Retry-After, the bot asks again then and not before."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     await alice.send(room_id, "!replybot warm-up")
     await people.replies(alice, room_id, 1)
     with proxy.inject(fault, pattern, times=1) as limited:

@@ -33,8 +33,7 @@ async def test_dice_are_rolled(people: People, alice: User, bot: Bot) -> None:
     """The example of another bot works when it is put into the file, with no more change."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, AFTER)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     for body in ("!roll 3", "!replybot hello", "!rolls", "!roll"):
         await alice.send(room_id, body)
     three, one = await people.replies(alice, room_id, 2)

@@ -36,8 +36,7 @@ async def test_slow_reply_to_holds_up_no_other_room(people: People, alice: User,
     """While it works on one room's message, another room is answered; order stays in the first."""
     slow, quick = [await people.room_with_bot(alice) for _ in range(2)]
     bot.script = fork(bot.directory, SLOW)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(slow, "slow")
     await alice.send(slow, "behind it")
     for n in range(5):
@@ -51,8 +50,7 @@ async def test_bug_in_reply_to_costs_one_reply(people: People, alice: User, bot:
     """An exception or a result that is no text is logged with the event ID, not the message."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, BROKEN)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     failed = [await alice.send(room_id, body) for body in ("secret", "number")]
     await alice.send(room_id, "quiet")
     await alice.send(room_id, "fine")
@@ -68,8 +66,7 @@ async def test_reply_to_that_never_ends_is_given_up(people: People, alice: User,
     """After the time that one event may take, its room goes on."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, HANGING, PATIENCE=2)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     event_id = await alice.send(room_id, "hang")
     await alice.send(room_id, "next")
     assert await people.replies(alice, room_id, 1) == ["NEXT"]

@@ -22,8 +22,7 @@ async def last_reply(people: People, user: User, room_id: str, count: int = 1) -
 async def test_reply_to_a_thread_lands_in_the_thread(people: People, alice: User, bot: Bot) -> None:
     """It refers to the root of the thread, and for clients without threads to the command."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     root = await alice.send(room_id, "let us have a thread")
     relation = {
         "rel_type": "m.thread",
@@ -49,8 +48,7 @@ async def test_reply_outside_a_thread_relates_to_nothing(
 ) -> None:
     """A rich reply to another message is answered with a plain message."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     quoted = await alice.send(room_id, "what did you say?")
     relation = {"m.in_reply_to": {"event_id": quoted}}
     await alice.send(room_id, "!replybot nothing", **{"m.relates_to": relation})
@@ -74,8 +72,7 @@ MALFORMED_RELATIONS: list[Any] = [
 async def test_malformed_relation_is_ignored(people: People, alice: User, bot: Bot) -> None:
     """The command is answered, with a message that relates to nothing."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     accepted = []
     for n, relation in enumerate(MALFORMED_RELATIONS):
         try:
@@ -93,8 +90,7 @@ async def test_reply_pings_nobody(people: People, alice: User, bot: Bot) -> None
     """Neither @room nor a user who is mentioned in a command is mentioned by the reply."""
     carol = await people.user("carol")
     room_id = await people.room_with_bot(alice, carol)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     mentions = {"room": True, "user_ids": [carol.user_id]}
     body = f"@room {carol.user_id}, dinner!"
     await alice.send(room_id, f"!replybot {body}", **{"m.mentions": mentions})
@@ -107,8 +103,7 @@ async def test_reply_pings_nobody(people: People, alice: User, bot: Bot) -> None
 async def test_edit_gets_no_second_answer(people: People, alice: User, bot: Bot) -> None:
     """An answered command that is edited, even twice, stays answered once, over a restart too."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     command = await alice.send(room_id, "!replybot fisrt")
     await people.replies(alice, room_id, 1)
     for body in ("!replybot first", "!replybot 1st"):
@@ -128,8 +123,7 @@ async def test_edit_gets_no_second_answer(people: People, alice: User, bot: Bot)
 async def test_lines_are_kept(people: People, alice: User, bot: Bot) -> None:
     """A command of several lines is answered with all of them, empty and indented ones too."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(room_id, "!replybot\none\n\n  two\r\nthree\n")
     assert await people.replies(alice, room_id, 1) == ["one\n\n  two\r\nthree"]
 
@@ -137,8 +131,7 @@ async def test_lines_are_kept(people: People, alice: User, bot: Bot) -> None:
 async def test_upgraded_room_is_followed(people: People, alice: User, bot: Bot) -> None:
     """Invited into the new room, the bot answers there, also what was asked before it joined."""
     old = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(old, "!replybot in the old room")
     await people.replies(alice, old, 1)
     upgrade = await alice.request("POST", f"/rooms/{old}/upgrade", {"new_version": "11"})
@@ -161,8 +154,7 @@ ENCRYPTED = {
 async def test_encrypted_room_is_told_once(people: People, alice: User, bot: Bot) -> None:
     """It gets one notice, not one for each message, nor another one after a restart."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send_event(room_id, "m.room.encrypted", ENCRYPTED)
     notice = await last_reply(people, alice, room_id)
     assert notice["content"]["msgtype"] == "m.notice"
@@ -191,8 +183,7 @@ async def test_only_allowed_inviters_are_followed(people: People, alice: User, b
     """The invitation of somebody who is not in MATRIX_INVITERS is rejected, the other accepted."""
     mallory = await people.user("mallory")
     bot.environment["MATRIX_INVITERS"] = f"@nobody:example.org {alice.user_id}"
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     rejected = await mallory.create_room(people.bot_id)
     await left(people, mallory, rejected)
     await bot.logs(f"Rejected the invitation of {mallory.user_id} to {rejected}")
@@ -217,8 +208,7 @@ async def test_inviter_is_who_invited_not_who_else_is_in_the_room(
                 events[:] = [event, *events, event]
         return answer
 
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     hers, his = [
         await user.create_room(other.user_id)
         for user, other in ((alice, mallory), (mallory, alice))
@@ -239,8 +229,7 @@ async def test_pattern_allows_inviters(
 ) -> None:
     """A star in MATRIX_INVITERS stands for anything."""
     bot.environment["MATRIX_INVITERS"] = patterns
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     room_id = await alice.create_room(people.bot_id)
     await alice.send(room_id, "!replybot hello")
     assert await people.replies(alice, room_id, 1) == ["hello"]

@@ -30,8 +30,7 @@ async def test_log_has_a_line_for_each_thing_that_happened(
     people: People, alice: User, bot: Bot
 ) -> None:
     """One for the login, one for each room joined, one for each command answered; no bodies."""
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     room_id = await alice.create_room(people.bot_id)
     await bot.logs("Joined")
     first = await alice.send(room_id, "!replybot private matter")
@@ -55,8 +54,7 @@ async def test_trouble_is_logged_when_it_starts_and_when_it_ends(
 ) -> None:
     """With replies pending in five rooms and no connection, it takes a few lines, not hundreds."""
     rooms = [await people.room_with_bot(alice) for _ in range(5)]
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     before = len(proxied_bot.log.splitlines())
     with proxy.inject(faults.bad_gateway, faults.SEND) as gateway:
         for room_id in rooms:
@@ -84,8 +82,7 @@ async def happened(injection: faults.Injection, times: int) -> bool:
 async def test_timestamps_are_utc(bot: Bot) -> None:
     """They are, whatever the time zone of the machine, and say so with a Z."""
     bot.environment["TZ"] = "Asia/Tokyo"
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     match = re.match(TIMESTAMP, bot.log)
     assert match
     logged = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc)
@@ -98,8 +95,7 @@ async def test_timestamps_are_left_to_the_journal(bot: Bot, inode: int, pattern:
     bot.log_path.touch()
     stderr = bot.log_path.stat()
     bot.environment["JOURNAL_STREAM"] = f"{stderr.st_dev}:{stderr.st_ino + inode}"
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     for line in bot.log.splitlines():
         assert re.match(pattern, line)
 
@@ -161,8 +157,7 @@ async def test_systemd_is_told_the_status_and_the_stop(
 ) -> None:
     """STATUS= has how many were answered and when the last sync was; STOPPING=1 is last."""
     room_id = await people.room_with_bot(alice)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     await alice.send(room_id, "!replybot one")
     await people.replies(alice, room_id, 1)
     await alice.send(room_id, "!replybot two")
@@ -222,8 +217,7 @@ async def test_abstract_notify_socket_is_reached(
         receiver.bind(f"\0{name}")
         environment = {"MATRIX_USER": people.bot_id, "NOTIFY_SOCKET": f"@{name}"}
         async with new_bot(people.homeserver.url, **environment) as bot:
-            await bot.start()
-            await bot.ready()
+            await bot.run()
             received = await asyncio.to_thread(receiver.recv, 4096)
     assert re.match(r"STATUS=|READY=1", received.decode())
 

@@ -297,8 +297,7 @@ async def test_homeserver_is_found_from_the_user_id(people: People, internet: In
     base_url = people.homeserver.url + "/"
     found = faults.answer(200, {"m.homeserver": {"base_url": base_url}})
     with internet.server.inject(found, WELL_KNOWN) as asked:
-        await internet.bot.start()
-        await internet.bot.ready()
+        await internet.bot.run()
     assert asked.happened
     assert internet.connections == ["CONNECT echobot.test:443 HTTP/1.1"]
     assert internet.bot.session["homeserver"] == people.homeserver.url
@@ -307,8 +306,7 @@ async def test_homeserver_is_found_from_the_user_id(people: People, internet: In
 async def test_server_name_is_the_homeserver_if_it_publishes_none(internet: Internet) -> None:
     """404 for /.well-known/matrix/client means https://SERVER_NAME."""
     with internet.server.inject(faults.answer(404, {}), WELL_KNOWN) as asked:
-        await internet.bot.start()
-        await internet.bot.ready()
+        await internet.bot.run()
     assert asked.happened
     assert internet.bot.session["homeserver"] == "https://echobot.test"
     assert set(internet.connections) == {"CONNECT echobot.test:443 HTTP/1.1"}
@@ -343,8 +341,7 @@ async def test_http_proxy_is_used_and_plain_http_warned_about(
     room_id = await people.room_with_bot(alice)
     environment = {"MATRIX_USER": people.bot_id, "HTTP_PROXY": proxy.url.replace("http://", scheme)}
     async with new_bot("http://matrix.invalid", **environment) as bot:
-        await bot.start()
-        await bot.ready()
+        await bot.run()
         await alice.send(room_id, "!replybot through the proxy")
         assert await people.replies(alice, room_id, 1) == ["through the proxy"]
         assert "WARNING http://matrix.invalid is not encrypted" in bot.log
@@ -354,8 +351,7 @@ async def test_http_proxy_is_used_and_plain_http_warned_about(
 async def test_no_proxy_is_respected(bot: Bot) -> None:
     """A proxy that is down does no harm to hosts that are excepted; loopback needs no warning."""
     bot.environment |= {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "example.org,127.0.0.1"}
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     assert "WARNING" not in bot.log
 
 
@@ -366,8 +362,7 @@ async def test_no_secret_is_in_the_output(
     """Neither password nor access token nor message is, at any level, also with odd answers."""
     room_id = await people.room_with_bot(alice)
     proxied_bot.environment["LOG_LEVEL"] = level
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with (
         proxy.inject(faults.not_json, faults.SEND, times=1) as send,
         proxy.inject(faults.cut_body, faults.POLL, times=1) as poll,

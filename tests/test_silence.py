@@ -36,8 +36,7 @@ async def started(people: People, alice: User, bot: Bot) -> str:
     # nio waits for a poll 15 s longer than the homeserver is told to hold it.
     bot.script = fork(bot.directory, SYNC_TIMEOUT=2000, REQUEST_TIMEOUT=2)
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(room_id, "!replybot before")
     await people.replies(alice, room_id, 1)
     return room_id

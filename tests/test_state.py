@@ -48,8 +48,7 @@ async def moved_on(bot: Bot, before: bytes) -> None:
 async def has_run(people: People, alice: User, bot: Bot) -> str:
     """Let the bot run once and answer a command in a room, stop it, return the room's ID."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(room_id, "!replybot first")
     await people.replies(alice, room_id, 1)
     assert await bot.stop() == 0
@@ -98,8 +97,7 @@ async def test_400_that_is_not_the_homeservers_does_not_cost_the_position(
     """What stands before the homeserver may refuse anything: only its own M_ error is believed."""
     room_id = await people.room_with_bot(alice)
     proxied_bot.script = fork(proxied_bot.directory, MAX_BACKOFF=0.5)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     await proxied_bot.stop()
     await alice.send(room_id, "!replybot hello")
     with proxy.inject(faults.answer(400, {}), faults.POLL, times=8) as refusals:
@@ -173,8 +171,7 @@ async def test_state_is_for_nobody_else_to_read(people: People, alice: User, bot
 async def test_given_access_token_is_not_written_to_disk(people: People, bot: Bot) -> None:
     """With MATRIX_ACCESS_TOKEN no file of the state directory has it."""
     token = bot.environment["MATRIX_ACCESS_TOKEN"] = people.account.access_token
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await bot.stop()
     contents = [path.read_text() for path in bot.state.iterdir()]
     assert any(people.bot_id in content for content in contents)
@@ -184,8 +181,7 @@ async def test_given_access_token_is_not_written_to_disk(people: People, bot: Bo
 async def test_full_disk_costs_no_reply(people: People, alice: User, bot: Bot) -> None:
     """It is said once; replies go on, no crash doubles them, and what can be saved is saved."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     path = bot.state / "next_batch"
     before = path.read_bytes()
     (bot.state / "next_batch.tmp").symlink_to("/dev/full")
@@ -225,8 +221,7 @@ async def test_second_copy_on_the_same_directory_is_refused(
 ) -> None:
     """It ends with 75 and one line; the first copy does not notice."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     second = Bot(people.homeserver.url, tmp_path, **bot.environment)
     await second.start()
     assert await second.wait() == 75
@@ -245,8 +240,7 @@ async def test_clock_set_wrong_changes_nothing(
     offset = tmp_path / "offset"
     offset.write_text("0")
     customize(proxied_bot, WRONG_CLOCK, offset)
-    await proxied_bot.start()
-    await proxied_bot.ready()
+    await proxied_bot.run()
     with proxy.inject(faults.bad_gateway, faults.SEND, times=4) as errors:
         await alice.send(room_id, "!replybot hello")
         await proxied_bot.logs("502")

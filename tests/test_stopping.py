@@ -18,8 +18,7 @@ async def test_idle_bot_stops_within_a_second(
 ) -> None:
     """The long poll is not waited for, and the exit status is 0."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
     await alice.send(room_id, "!replybot hello")
     await people.replies(alice, room_id, 1)
     await bot.logs("Answered")
@@ -32,8 +31,7 @@ async def test_idle_bot_stops_within_a_second(
 async def test_stop_amid_a_burst_loses_nothing(people: People, alice: User, bot: Bot) -> None:
     """Stopped five times while 150 commands come in, it answers each once and in order."""
     room_id = await people.room_with_bot(alice)
-    await bot.start()
-    await bot.ready()
+    await bot.run()
 
     async def burst() -> None:
         for n in range(150):
