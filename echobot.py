@@ -44,6 +44,7 @@ import urllib.request
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -85,10 +86,10 @@ log = logging.getLogger("echobot")
 async def reply_to(event: RoomMessageText) -> str | None:
     """Return the text to answer a message with, or None to stay silent.
 
-    This is the function to rewrite for another bot. It may take its time: other rooms are not held
-    up as long as it awaits instead of blocking. It may raise: that costs this one reply. After a
-    crash it is called again for messages whose reply was not acknowledged, so what it does besides
-    answering should bear a repetition.
+    This is the function to rewrite for another bot. It may take its time, up to PATIENCE s: if it
+    awaits instead of blocking, only its own room waits. It may raise: that costs this one reply.
+    After a crash it may be called again for messages that were answered. The homeserver drops the
+    repeated reply; what else it does should bear a repetition.
     """
     if not event.body.startswith(COMMAND):
         return None
@@ -138,7 +139,7 @@ async def run(settings: Settings) -> None:
         ended, _ = await asyncio.wait({polling, saving}, return_when=asyncio.FIRST_COMPLETED)
         notify("STOPPING=1")
         for task in ended:
-            if not task.cancelled():
+            if task is not polling or not task.cancelled():
                 task.result()  # Neither returns: this raises what ended it.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(batches.join(), SHUTDOWN_GRACE)
@@ -165,6 +166,23 @@ async def poll(homeserver: Homeserver, batches: Batches) -> None:
         if tasks:
             # Quick replies first: the next poll would slow them down, here and at the homeserver.
             await asyncio.wait(tasks, timeout=0.05)
+
+
+async def save_in_order(batches: Batches, directory: str) -> None:
+    """Save the next_batch of each sync response once its tasks, and all before it, are done."""
+    saved, failing = None, False
+    while True:
+        next_batch, tasks = await batches.get()
+        await asyncio.gather(*tasks)
+        try:
+            if next_batch != saved:
+                await asyncio.to_thread(replace_file, Path(directory, "next_batch"), next_batch)
+                saved, failing = next_batch, False
+        except OSError as error:
+            if not failing:
+                log.error("Can't save next_batch: %s; answering goes on", error.strerror)
+            failing = True
+        batches.task_done()
 
 
 async def start(homeserver: Homeserver, batches: Batches, since: str | None) -> str:
@@ -214,7 +232,8 @@ class Room:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a part is answered
     just_joined: bool = False  # its next timeline may begin before the invitation
     told_encrypted: bool = False
-    failing_since: float = 0.0  # monotonic s, 0 after a success
+    failing_since: float = 0.0  # monotonic s, 0 if it is not
+    answered: deque[str] = field(default_factory=partial(deque, maxlen=100))  # event IDs
 
     async def answer_timeline(self, timeline: JSON, since: str, next_batch: str) -> None:
         """Answer the room's part of a sync response, once its earlier parts are answered."""
@@ -253,7 +272,7 @@ class Room:
             match event:
                 case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
                     inviter = sender
-        patterns = self.homeserver.settings.inviters
+        patterns = self.homeserver.settings.matrix_inviters.split()
         try:
             async with self.turn:
                 if not any(fnmatch.fnmatchcase(inviter, pattern) for pattern in patterns):
@@ -288,8 +307,11 @@ class Room:
                 "origin_server_ts": int(),
                 "content": {"msgtype": "m.text", "body": str(body)} as content,
             }:
-                formatted_body, style = content.get("formatted_body"), content.get("format")
-                await self.reply(RoomMessageText(event, body, formatted_body, style))
+                # A timeline after a join repeats what the join has read.
+                if event["event_id"] not in self.answered:
+                    formatted_body, style = content.get("formatted_body"), content.get("format")
+                    await self.reply(RoomMessageText(event, body, formatted_body, style))
+                    self.answered.append(event["event_id"])
             case {"type": str(), "event_id": str(), "sender": str(), "origin_server_ts": int()}:
                 return
             case _:
@@ -298,8 +320,9 @@ class Room:
     async def reply(self, event: RoomMessageText) -> None:
         """Send what reply_to returns for a message; a bug in it costs that reply."""
         started = time.monotonic()
-        calling = asyncio.wait_for(reply_to(event), PATIENCE)
-        [result] = await asyncio.gather(calling, return_exceptions=True)
+        # In a task of its own: its cancellation, by itself or after too long, is not ours.
+        calling = asyncio.wait_for(result_of_reply_to(event), PATIENCE)
+        result: Any = (await asyncio.gather(calling, return_exceptions=True))[0]
         if result is None:
             return
         if not isinstance(result, str):
@@ -335,7 +358,16 @@ class Room:
 
     async def request(self, method: Any, *arguments: Any) -> Any:
         """Return the response of one of the client's methods that takes a room ID first."""
-        return await self.homeserver.request(self, method, self.room_id, *arguments)
+        queue = self.homeserver.queues[method.__name__]
+        return await self.homeserver.request(self, in_turn, queue, method, self.room_id, *arguments)
+
+
+async def result_of_reply_to(event: RoomMessageText) -> Any:
+    """Return what reply_to returns or raises; even SystemExit, as of argparse, ends no bot."""
+    try:
+        return await reply_to(event)
+    except BaseException as error:
+        return error
 
 
 def text_content(body: str, event: RoomMessageText) -> JSON:
@@ -355,9 +387,9 @@ def text_content(body: str, event: RoomMessageText) -> JSON:
     return content
 
 
-# HTTP statuses after which a request is not repeated: of most, and of those that find a homeserver.
-REFUSED = frozenset(range(400, 500)) - {401, 429}
-ANSWERED = frozenset(range(200, 500)) - {429}
+# HTTP statuses after which a request is not repeated, and those for a login.
+FINAL = frozenset(range(400, 500)) - {401, 429}
+FINAL_AT_LOGIN = frozenset(range(200, 500)) - {429}
 
 
 class Homeserver:
@@ -373,8 +405,8 @@ class Homeserver:
         self.answered = 0
         self.last_sync = ""
         self.logins: deque[float] = deque(maxlen=LOGINS)
-        self.limits: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.last_vital_failure = self.alive_until = 0.0
+        self.queues: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.sound_since = self.alive_until = 0.0  # monotonic s
         self.troubled: set[Room | None] = set()
         self.causes: set[str] = set()
 
@@ -386,28 +418,31 @@ class Homeserver:
         """Go on with the saved session or log in; raise Exit if that is refused."""
         settings, session = self.settings, load_session(self.settings.state_directory)
         if session and session.belongs_to(settings):
-            self.client = open_client(session.homeserver, settings.user)
+            self.client = open_client(session.homeserver, settings.matrix_user)
             self.client.restore_login(session.user_id, session.device_id, session.access_token)
         else:
-            self.client = open_client(settings.homeserver or await self.discover(), settings.user)
+            self.client = open_client(
+                settings.matrix_homeserver or await self.discover(), settings.matrix_user
+            )
             self.client.device_id = DEVICE_ID
         url = self.client.homeserver
         if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
             log.warning("%s is not encrypted: others can read along", url)
-        if settings.access_token or not self.client.access_token:
+        if settings.matrix_access_token or not self.client.access_token:
             await self.log_in()
             if session and not session.belongs_to(settings):
                 log.warning("Not using the state of %s at %s", session.user_id, session.homeserver)
-                (settings.state_directory / "next_batch").unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(Path(settings.state_directory, "next_batch"))
             self.save_session()
         log.info("Logged in as %s, device id: %s.", self.client.user_id, self.client.device_id)
 
     async def discover(self) -> str:
         """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
-        server_name = self.settings.user.partition(":")[2]
+        server_name = self.settings.matrix_user.partition(":")[2]
         self.client = open_client("https://" + re.sub(r":\d+$", "", server_name))
         try:
-            found = await self.request(None, self.client.discovery_info, final=ANSWERED)
+            found = await self.request(None, self.client.discovery_info, final=FINAL_AT_LOGIN)
             if is_base_url(found.homeserver_url):
                 return str(found.homeserver_url)
             problem = "its base_url is malformed"
@@ -429,32 +464,37 @@ class Homeserver:
             await asyncio.sleep(wait)
         self.logins.append(time.monotonic())
         # Some homeservers refuse any request with an access token that they do not know.
-        client.access_token = settings.access_token
+        client.access_token = settings.matrix_access_token
         try:
-            if settings.access_token:
-                found = await self.request(None, client.whoami, final=ANSWERED)
+            if settings.matrix_access_token:
+                found = await self.request(None, client.whoami, final=FINAL_AT_LOGIN)
             else:
-                password = settings.password
-                found = await self.request(None, client.login, password, "echobot", final=ANSWERED)
+                password = settings.matrix_password
+                found = await self.request(
+                    None, client.login, password, "echobot", final=FINAL_AT_LOGIN
+                )
         except Failure as failure:
-            url, secret = client.homeserver, "ACCESS_TOKEN" if settings.access_token else "PASSWORD"
+            url, secret = (
+                client.homeserver,
+                "ACCESS_TOKEN" if settings.matrix_access_token else "PASSWORD",
+            )
             if failure.errcode and failure.status != 404:
-                problem = f"{url} refuses {settings.user} ({failure})"
+                problem = f"{url} refuses {settings.matrix_user} ({failure})"
                 raise Exit(77, f"{problem}: check MATRIX_USER and MATRIX_{secret}") from None
             problem = f"no Matrix homeserver answers at {url} ({failure})"
             raise Exit(78, f"{problem}: check MATRIX_HOMESERVER") from None
-        if not same_user(found.user_id, settings.user):
+        if not same_user(found.user_id, settings.matrix_user):
             raise Exit(78, f"MATRIX_ACCESS_TOKEN is of {found.user_id}: check MATRIX_USER")
-        access_token = settings.access_token or found.access_token
+        access_token = settings.matrix_access_token or found.access_token
         client.restore_login(found.user_id, found.device_id or "", access_token)
 
     def save_session(self) -> None:
         """Save where and as whom we are logged in, but not an access token that we were given."""
         client, directory = self.client, self.settings.state_directory
-        access_token = "" if self.settings.access_token else client.access_token
+        access_token = "" if self.settings.matrix_access_token else client.access_token
         session = Session(client.homeserver, client.user_id, client.device_id or "", access_token)
         try:
-            replace_file(directory / "session.json", json.dumps(session._asdict()))
+            replace_file(Path(directory, "session.json"), json.dumps(session._asdict()))
         except OSError as error:
             log.error("Can't save session.json in %s: %s", directory, error.strerror)
 
@@ -488,14 +528,14 @@ class Homeserver:
         notify(f"STATUS=Answered {self.answered}, last sync at {self.last_sync}")
 
     async def request(
-        self, room: Room | None, method: Any, *arguments: Any, final: Container[int] = REFUSED
+        self, room: Room | None, method: Any, *arguments: Any, final: Container[int] = FINAL
     ) -> Any:
         """Return the response of one of the client's methods; repeat it while that may help.
 
         Raise Failure for what the homeserver itself refuses with an HTTP status in `final`, and for
-        what fails in a room for PATIENCE s while requests of no room, for which all wait, do not.
+        what fails in a room for PATIENCE s while syncs, which have no room, do not.
         """
-        attempt = 0
+        attempt = foreign = 0
         while True:
             if not room:
                 self.alive_until = time.monotonic() + ALIVE
@@ -503,67 +543,65 @@ class Homeserver:
                 response = await outcome(method, *arguments)
             except Failure as failure:
                 attempt += 1
-                if self.is_final(room, failure, attempt, final):
-                    self.note_end_of_trouble(room)
+                foreign = foreign + 1 if failure.status in final else 0
+                if self.is_refusal(failure, final, foreign):
+                    self.note_recovery(room)
                     raise
-                # Not in a room: any server can have the join of its room answered with 401.
-                if failure.status == 401 and failure.errcode and not room:
-                    log.warning("The access token is no longer valid: logging in again")
-                    await self.log_in()
-                    self.save_session()
-                else:
-                    self.note_trouble(room, failure)
-                    await self.wait(room, failure, attempt, method.__name__)
+                if room and self.is_overdue(room, attempt):
+                    self.troubled.discard(room)
+                    raise
+                await self.mend(room, failure, attempt)
             else:
-                if room:
-                    room.failing_since = 0.0
-                self.note_end_of_trouble(room)
+                self.note_recovery(room)
                 return response
 
-    def is_final(
-        self, room: Room | None, failure: Failure, attempt: int, final: Container[int]
-    ) -> bool:
-        """Tell whether it was refused, or a room has had nothing but failures for too long."""
+    def is_refusal(self, failure: Failure, final: Container[int], foreign: int) -> bool:
+        """Tell whether the homeserver said no, or there is clearly none, before the first login."""
         # Without an errcode it may come from a proxy whose homeserver is restarting.
-        no_matrix = not self.client.user_id and (failure.status == 404 or attempt >= 5)
-        if failure.status in final and (failure.errcode or no_matrix):
-            return True
-        if not room or failure.status == 429:
-            return False
-        room.failing_since = room.failing_since or time.monotonic()
-        since = max(room.failing_since, self.last_vital_failure)
-        # A room that was given up before still has a few attempts for each event.
-        return attempt > 3 and time.monotonic() - since > PATIENCE
+        no_matrix = not self.client.user_id and (failure.status == 404 or foreign >= 5)
+        return failure.status in final and bool(failure.errcode or no_matrix)
 
-    def note_trouble(self, room: Room | None, failure: Failure) -> None:
-        """Log what is wrong, each cause once until nothing is."""
+    def is_overdue(self, room: Room, attempt: int) -> bool:
+        """Tell whether a room has failed for too long, and not because everything does."""
+        # A room that was given up before still has some attempts, in 40 s or so, for each event.
+        is_long = time.monotonic() - max(room.failing_since, self.sound_since) > PATIENCE
+        return is_long and attempt > 8 and None not in self.troubled
+
+    async def mend(self, room: Room | None, failure: Failure, attempt: int) -> None:
+        """Do what may help before a request is repeated: log in again, or wait."""
+        # Not for a room: any server can have the join of its room answered with 401.
+        if failure.status == 401 and failure.errcode and not room:
+            self.note_trouble(room, failure, "logging in again")
+            await self.log_in()
+            self.save_session()
+            return
+        self.note_trouble(room, failure, "trying again")
+        wait = failure.wait(attempt)
         if not room:
-            self.last_vital_failure = time.monotonic()
-        elif failure.status == 429:
-            return  # Every reply may meet a rate limit.
+            self.alive_until += wait
+        await asyncio.sleep(wait)
+
+    def note_trouble(self, room: Room | None, failure: Failure, remedy: str) -> None:
+        """Log what is wrong, each cause once until nothing is."""
+        if room:
+            room.failing_since = room.failing_since or time.monotonic()
+        if not self.troubled:
+            self.causes.clear()
         self.troubled.add(room)
         if str(failure) not in self.causes:
             self.causes.add(str(failure))
-            log.warning("Trouble with %s: %s; trying again", self.client.homeserver, failure)
+            log.warning("Trouble with %s: %s; %s", self.client.homeserver, failure, remedy)
 
-    def note_end_of_trouble(self, room: Room | None) -> None:
+    def note_recovery(self, room: Room | None) -> None:
         """Log when nothing is wrong any more."""
+        if room:
+            room.failing_since = 0.0
         if room in self.troubled:
             self.troubled.remove(room)
+            if not room:
+                self.sound_since = time.monotonic()
             if not self.troubled:
-                self.causes.clear()
                 log.info("No more trouble with %s", self.client.homeserver)
-
-    async def wait(self, room: Room | None, failure: Failure, attempt: int, name: str) -> None:
-        """Wait until a request may be repeated."""
-        wait = max(failure.retry_after, backoff(0 if failure.retry_after else attempt - 1))
-        until = time.monotonic() + wait
-        if not room:
-            self.alive_until = until + ALIVE
-        # Rooms go on in the order in which they met a rate limit: so none of them starves.
-        is_limited = room is not None and failure.status == 429
-        async with self.limits[name] if is_limited else contextlib.nullcontext():
-            await asyncio.sleep(until - time.monotonic())
 
 
 class Failure(Exception):
@@ -576,6 +614,10 @@ class Failure(Exception):
     def __init__(self, cause: str, status: int = 0, errcode: str = "", retry_after: float = 0):
         super().__init__(cause)
         self.status, self.errcode, self.retry_after = status, errcode, retry_after
+
+    def wait(self, attempt: int) -> float:
+        """Return how long to wait in s after this failure of the attempt, counted from 1."""
+        return max(self.retry_after, backoff(0 if self.retry_after else attempt - 1))
 
 
 async def outcome(method: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
@@ -591,6 +633,26 @@ async def outcome(method: Callable[..., Awaitable[Any]], *arguments: Any) -> Any
     except Exception as error:
         # Without its text, which may quote the answer, or a proxy's password.
         raise Failure(f"{type(error).__name__} {getattr(error, 'status', '')}".strip()) from None
+
+
+async def in_turn(queue: asyncio.Lock, method: Any, *arguments: Any) -> Any:
+    """Return an outcome; wait out rate limits, one request of a queue after the other.
+
+    So rooms go on in the order in which they met the limit: none of them starves.
+    """
+    attempt = 0
+    async with contextlib.AsyncExitStack() as turn:
+        while True:
+            try:
+                return await outcome(method, *arguments)
+            except Failure as failure:
+                if failure.status != 429:
+                    raise
+                attempt += 1
+                until = time.monotonic() + failure.wait(attempt)
+            if attempt == 1:
+                await turn.enter_async_context(queue)
+            await asyncio.sleep(until - time.monotonic())
 
 
 def backoff(attempt: int) -> float:
@@ -640,7 +702,7 @@ def open_client(homeserver: str, user: str = "") -> Client:
     config = AsyncClientConfig(
         max_limit_exceeded=0, max_timeouts=0, request_timeout=REQUEST_TIMEOUT
     )
-    client = Client(homeserver, user, config=config)
+    client = Client(homeserver.rstrip("/"), user, config=config)
     url = urlsplit(homeserver)
     proxy = urllib.request.getproxies().get(url.scheme)
     if not proxy or urllib.request.proxy_bypass(url.hostname or ""):
@@ -665,8 +727,8 @@ class Session(NamedTuple):
 
     def belongs_to(self, settings: Settings) -> bool:
         """Tell whether it is of the user and, if one is given, the homeserver of the settings."""
-        is_user = same_user(self.user_id, settings.user)
-        return is_user and settings.homeserver in ("", self.homeserver)
+        is_user = same_user(self.user_id, settings.matrix_user)
+        return is_user and settings.matrix_homeserver.rstrip("/") in ("", self.homeserver)
 
 
 def same_user(user_id: str, user: str) -> bool:
@@ -675,10 +737,10 @@ def same_user(user_id: str, user: str) -> bool:
     return user == user_id or f"@{user}" == user_id.partition(":")[0]
 
 
-def load_session(directory: Path) -> Session | None:
+def load_session(directory: str) -> Session | None:
     """Return the session that was saved in a state directory, None if there is none."""
     try:
-        fields = json.loads((directory / "session.json").read_bytes())
+        fields = json.loads(Path(directory, "session.json").read_bytes())
         return Session(**{name: str(value) for name, value in fields.items()})
     except FileNotFoundError:
         return None
@@ -687,10 +749,10 @@ def load_session(directory: Path) -> Session | None:
         return None
 
 
-def load_next_batch(directory: Path) -> str | None:
+def load_next_batch(directory: str) -> str | None:
     """Return the sync token that was saved in a state directory, None if there is none."""
     try:
-        next_batch = (directory / "next_batch").read_text(errors="replace").strip()
+        next_batch = Path(directory, "next_batch").read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -699,23 +761,6 @@ def load_next_batch(directory: Path) -> str | None:
         log.error("next_batch in %s is no sync token: starting from now instead", directory)
         return None
     return next_batch
-
-
-async def save_in_order(batches: Batches, directory: Path) -> None:
-    """Save the next_batch of each sync response once its tasks, and all before it, are done."""
-    saved, failing = None, False
-    while True:
-        next_batch, tasks = await batches.get()
-        await asyncio.gather(*tasks)
-        try:
-            if next_batch != saved:
-                await asyncio.to_thread(replace_file, directory / "next_batch", next_batch)
-                saved, failing = next_batch, False
-        except OSError as error:
-            if not failing:
-                log.error("Can't save next_batch: %s; answering goes on", error.strerror)
-            failing = True
-        batches.task_done()
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -734,12 +779,12 @@ def replace_file(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: str) -> Iterator[None]:
     """Hold a state directory for this process alone; raise Exit if that is not possible."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(os.open(directory / "next_batch.tmp", os.O_WRONLY | os.O_CREAT, 0o600))
+        os.close(os.open(Path(directory, "next_batch.tmp"), os.O_WRONLY | os.O_CREAT, 0o600))
     except BlockingIOError:
         problem = f"another copy is running on the state directory {directory}"
         raise Exit(75, f"{problem}: stop it, or set another STATE_DIRECTORY") from None
@@ -756,46 +801,44 @@ def locked(directory: Path) -> Iterator[None]:
 class Settings:
     """The environment variables of the module's docstring."""
 
-    user: str
-    password: str
-    access_token: str
-    homeserver: str
-    inviters: list[str]
-    state_directory: Path
-    log_level: str
+    matrix_user: str = ""
+    matrix_password: str = ""
+    matrix_access_token: str = ""
+    matrix_homeserver: str = ""
+    matrix_inviters: str = "*"
+    state_directory: str = "."
+    log_level: str = "INFO"
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Return the settings; raise Exit with all that is missing or malformed."""
+    names = [name for name in Settings.__annotations__ if environment.get(name.upper())]
+    settings = Settings(**{name: environment[name.upper()] for name in names})
+    user, url, token = (
+        settings.matrix_user,
+        settings.matrix_homeserver,
+        settings.matrix_access_token,
+    )
     problems = []
 
-    def get(name: str, default: str = "", form: str = r"(?s).*", hint: str = "") -> str:
-        """Return the value of a variable; note if it is not of the form that the hint tells."""
-        value = environment.get(name) or default
-        if not re.fullmatch(form, value):
-            problems.append(f"{name} is {'malformed' if value else 'missing'}: set it to {hint}")
-        return value
+    def check(name: str, is_fine: object, hint: str) -> None:
+        """Note what to do about a variable that is not fine."""
+        if not is_fine:
+            problem = "malformed" if environment.get(name) else "missing"
+            problems.append(f"{name} is {problem}: set it to {hint}")
 
-    user_id, patterns = r"@[^\s:]+:[^\s/@]+|[^\s:@]+", r"\s*([@*?[]\S*(\s+|$))+"
-    settings = Settings(
-        user=get("MATRIX_USER", "", user_id, "a user ID like @bot:example.org"),
-        password=get("MATRIX_PASSWORD"),
-        access_token=get("MATRIX_ACCESS_TOKEN", "", r"[!-~]*", "an access token, without spaces"),
-        homeserver=get("MATRIX_HOMESERVER").rstrip("/"),
-        inviters=get("MATRIX_INVITERS", "*", patterns, "user ID patterns like @*:a.org").split(),
-        state_directory=Path(get("STATE_DIRECTORY", ".")),
-        log_level=get("LOG_LEVEL", "INFO", "DEBUG|INFO|WARNING|ERROR", "one of those in --help"),
-    )
-    if settings.homeserver and not is_base_url(settings.homeserver):
-        problems.append("MATRIX_HOMESERVER is malformed: set it to a URL like https://example.org")
-    if not settings.password and not settings.access_token:
-        problems.append("MATRIX_PASSWORD is missing: set it or MATRIX_ACCESS_TOKEN")
-    if settings.user and ":" not in settings.user and not settings.homeserver:
-        problems.append("MATRIX_HOMESERVER is missing: set it, or MATRIX_USER to a full user ID")
-    if not settings.state_directory.is_dir():
-        problems.append(
-            f"STATE_DIRECTORY {settings.state_directory} is no directory: set it to one"
-        )
+    is_user = re.fullmatch(r"@[^\s:]+:[^\s/@]+|[^\s:@]+", user)
+    check("MATRIX_USER", is_user, "a user ID like @bot:example.org")
+    check("MATRIX_PASSWORD", settings.matrix_password or token, "one, or MATRIX_ACCESS_TOKEN")
+    check("MATRIX_ACCESS_TOKEN", re.fullmatch(r"[!-~]*", token), "an access token, without spaces")
+    is_found = is_base_url(url) if url else not user or ":" in user
+    check("MATRIX_HOMESERVER", is_found, "a URL like https://example.org")
+    are_patterns = re.fullmatch(r"\s*([@*?[]\S*(\s+|$))+", settings.matrix_inviters)
+    check("MATRIX_INVITERS", are_patterns, "user ID patterns like @*:example.org")
+    is_level = settings.log_level.upper() in ("DEBUG", "INFO", "WARNING", "ERROR")
+    check("LOG_LEVEL", is_level, "DEBUG, INFO, WARNING or ERROR")
+    directory = settings.state_directory
+    check("STATE_DIRECTORY", Path(directory).is_dir(), f"a directory, not {directory}")
     if problems:
         raise Exit(78, "; ".join(problems))
     return settings
@@ -823,7 +866,7 @@ def set_up_logging(level: str) -> None:
         level=logging.CRITICAL,
         format=f"{'' if in_journal else '%(asctime)s '}%(levelname)s %(message)s",
     )
-    log.setLevel(level)
+    log.setLevel(level.upper())
 
 
 def notify(state: str) -> None:
@@ -840,7 +883,7 @@ def notify(state: str) -> None:
 
 async def feed_watchdog(homeserver: Homeserver) -> None:
     """Tell systemd's watchdog that the bot is alive, for as long as its polls go on."""
-    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    interval = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6
     while interval:
         if time.monotonic() < homeserver.alive_until:
             notify("WATCHDOG=1")
