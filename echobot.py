@@ -42,7 +42,7 @@ import time
 import traceback
 import urllib.request
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -110,8 +110,8 @@ def main() -> int:
             raise Exit(2, "takes no arguments but --help; settings are environment variables")
         settings = read_settings(os.environ)
         set_up_logging(settings.log_level)
-        with locked(settings.state_directory):
-            asyncio.run(run(settings))
+        lock(settings.state_directory)
+        asyncio.run(run(settings))
     except Exit as reason:
         print(f"echobot: {reason}", file=sys.stderr)
         return reason.status
@@ -198,7 +198,7 @@ async def start(homeserver: Homeserver, batches: Batches, since: str | None) -> 
 async def accept_pending(homeserver: Homeserver, since: str) -> None:
     """Accept the invitations before `since`: only a sync without it tells of those again."""
     try:
-        overview = await homeserver.sync(None, Room(homeserver, "the overview of rooms"))
+        overview = await Room(homeserver, "all").request(homeserver.sync_once, None)
     except Failure as failure:
         # What is saved must not wait for it longer; the next start asks again.
         log.warning("Passed over invitations that may be pending: %s", failure)
@@ -233,7 +233,8 @@ class Room:
     just_joined: bool = False  # its next timeline may begin before the invitation
     told_encrypted: bool = False
     failing_since: float = 0.0  # monotonic s, 0 if it is not
-    answered: deque[str] = field(default_factory=partial(deque, maxlen=100))  # event IDs
+    # Event IDs: the timeline after a join repeats what was read at the join.
+    answered: deque[str] = field(default_factory=partial(deque, maxlen=100))
 
     async def answer_timeline(self, timeline: JSON, since: str, next_batch: str) -> None:
         """Answer the room's part of a sync response, once its earlier parts are answered."""
@@ -254,7 +255,9 @@ class Room:
         position = since
         while position:
             try:
-                page = await self.request(read, position, next_batch, forward, 100, MESSAGES)
+                page = await self.request(
+                    read, self.room_id, position, next_batch, forward, 100, MESSAGES
+                )
             except Failure as failure:
                 log.warning("Passed over a gap in %s: %s", self.room_id, failure)
                 return False
@@ -276,10 +279,10 @@ class Room:
         try:
             async with self.turn:
                 if not any(fnmatch.fnmatchcase(inviter, pattern) for pattern in patterns):
-                    await self.request(client.room_leave)
+                    await self.request(client.room_leave, self.room_id)
                     log.info("Rejected the invitation of %s to %s", inviter, self.room_id)
                     return
-                await self.request(client.join)
+                await self.request(client.join, self.room_id)
                 log.info("Joined %s, invited by %s", self.room_id, inviter)
                 self.just_joined = True
                 # To the present: polling has gone on meanwhile, and told nothing of this room.
@@ -298,20 +301,22 @@ class Room:
                 | {"content": {"m.relates_to": {"rel_type": "m.replace"}}}
             ):
                 return
-            case {"type": "m.room.encrypted"}:
-                await self.tell_encrypted()
+            case {"type": "m.room.encrypted"} if not self.told_encrypted:
+                self.told_encrypted = True
+                log.warning("%s is encrypted: its messages can't be read", self.room_id)
+                body = "This room is encrypted, and I can't read encrypted messages."
+                content = {"msgtype": "m.notice", "body": body, "m.mentions": {}}
+                await self.send(content, f"encrypted{self.room_id}")
             case {
                 "type": "m.room.message",
-                "event_id": str(),
+                "event_id": str(event_id),
                 "sender": str(),
                 "origin_server_ts": int(),
                 "content": {"msgtype": "m.text", "body": str(body)} as content,
-            }:
-                # A timeline after a join repeats what the join has read.
-                if event["event_id"] not in self.answered:
-                    formatted_body, style = content.get("formatted_body"), content.get("format")
-                    await self.reply(RoomMessageText(event, body, formatted_body, style))
-                    self.answered.append(event["event_id"])
+            } if event_id not in self.answered:
+                formatted_body, style = content.get("formatted_body"), content.get("format")
+                await self.reply(RoomMessageText(event, body, formatted_body, style))
+                self.answered.append(event_id)
             case {"type": str(), "event_id": str(), "sender": str(), "origin_server_ts": int()}:
                 return
             case _:
@@ -337,29 +342,43 @@ class Room:
             self.homeserver.answered += 1
             self.homeserver.tell_status()
 
-    async def tell_encrypted(self) -> None:
-        """Say once that the room's messages are encrypted and can't be read."""
-        if not self.told_encrypted:
-            self.told_encrypted = True
-            log.warning("%s is encrypted: its messages can't be read", self.room_id)
-            body = "This room is encrypted, and I can't read encrypted messages."
-            content = {"msgtype": "m.notice", "body": body, "m.mentions": {}}
-            await self.send(content, f"encrypted{self.room_id}")
-
     async def send(self, content: JSON, tx_id: str) -> bool:
         """Send a message, once however often it is tried with a transaction ID; tell if it went."""
         room_send = self.homeserver.client.room_send
         try:
-            await self.request(room_send, "m.room.message", content, tx_id)
+            await self.request(room_send, self.room_id, "m.room.message", content, tx_id)
         except Failure as failure:
             log.warning("Passed over %s in %s: %s", tx_id, self.room_id, failure)
             return False
         return True
 
     async def request(self, method: Any, *arguments: Any) -> Any:
-        """Return the response of one of the client's methods that takes a room ID first."""
-        queue = self.homeserver.queues[method.__name__]
-        return await self.homeserver.request(self, in_turn, queue, method, self.room_id, *arguments)
+        """Return the response of one of the client's methods; repeat it while that may help.
+
+        Raise Failure for what the homeserver refuses, and for what fails for PATIENCE s while the
+        requests for which all wait do not.
+        """
+        homeserver, attempt = self.homeserver, 0
+        queue = homeserver.queues[method.__name__]
+        while True:
+            try:
+                response = await in_turn(queue, method, *arguments)
+                break
+            except Failure as failure:
+                attempt += 1
+                # Not 401: any server can have the join of its room answered with that.
+                if failure.errcode and 400 <= failure.status < 500 and failure.status != 401:
+                    homeserver.note_recovery(self)
+                    raise
+                homeserver.note_trouble(self, failure, "trying again")
+                failed_for = time.monotonic() - max(self.failing_since, homeserver.sound_since)
+                # After 600 s with one event, the next ones of the room still get some 40 s each.
+                if attempt > 8 and failed_for > PATIENCE and None not in homeserver.troubled:
+                    homeserver.troubled.discard(self)
+                    raise
+                await asyncio.sleep(failure.wait(attempt))
+        homeserver.note_recovery(self)
+        return response
 
 
 async def result_of_reply_to(event: RoomMessageText) -> Any:
@@ -387,9 +406,7 @@ def text_content(body: str, event: RoomMessageText) -> JSON:
     return content
 
 
-# HTTP statuses after which a request is not repeated, and those for a login.
-FINAL = frozenset(range(400, 500)) - {401, 429}
-FINAL_AT_LOGIN = frozenset(range(200, 500)) - {429}
+FINAL_AT_LOGIN = frozenset(range(200, 500)) - {429}  # HTTP statuses: who answers will not help
 
 
 class Homeserver:
@@ -397,6 +414,7 @@ class Homeserver:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.session = load_session(settings.state_directory)
         self.client = Client("")
         self.rooms: dict[str, Room] = {}
         # Synapse repeats a response for two minutes to who asks with the same parameters, though
@@ -416,25 +434,18 @@ class Homeserver:
 
     async def connect(self) -> None:
         """Go on with the saved session or log in; raise Exit if that is refused."""
-        settings, session = self.settings, load_session(self.settings.state_directory)
+        settings, session = self.settings, self.session
         if session and session.belongs_to(settings):
             self.client = open_client(session.homeserver, settings.matrix_user)
-            self.client.restore_login(session.user_id, session.device_id, session.access_token)
+            self.client.restore_login(*session[1:])
         else:
-            self.client = open_client(
-                settings.matrix_homeserver or await self.discover(), settings.matrix_user
-            )
-            self.client.device_id = DEVICE_ID
+            url = settings.matrix_homeserver or await self.discover()
+            self.client = open_client(url, settings.matrix_user)
         url = self.client.homeserver
         if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
             log.warning("%s is not encrypted: others can read along", url)
         if settings.matrix_access_token or not self.client.access_token:
             await self.log_in()
-            if session and not session.belongs_to(settings):
-                log.warning("Not using the state of %s at %s", session.user_id, session.homeserver)
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(Path(settings.state_directory, "next_batch"))
-            self.save_session()
         log.info("Logged in as %s, device id: %s.", self.client.user_id, self.client.device_id)
 
     async def discover(self) -> str:
@@ -442,7 +453,7 @@ class Homeserver:
         server_name = self.settings.matrix_user.partition(":")[2]
         self.client = open_client("https://" + re.sub(r":\d+$", "", server_name))
         try:
-            found = await self.request(None, self.client.discovery_info, final=FINAL_AT_LOGIN)
+            found = await self.request(self.client.discovery_info, final=FINAL_AT_LOGIN)
             if is_base_url(found.homeserver_url):
                 return str(found.homeserver_url)
             problem = "its base_url is malformed"
@@ -457,54 +468,47 @@ class Homeserver:
 
     async def log_in(self) -> None:
         """Log in, on the same device as before; raise Exit if that is refused."""
-        client, settings = self.client, self.settings
+        client, token = self.client, self.settings.matrix_access_token
+        user, password = self.settings.matrix_user, self.settings.matrix_password
         if len(self.logins) == LOGINS:
             wait = self.logins[0] + LOGIN_WINDOW - time.monotonic()
             self.alive_until = time.monotonic() + wait + ALIVE
             await asyncio.sleep(wait)
         self.logins.append(time.monotonic())
         # Some homeservers refuse any request with an access token that they do not know.
-        client.access_token = settings.matrix_access_token
+        client.access_token = token
+        login = (client.whoami,) if token else (client.login, password, "echobot")
         try:
-            if settings.matrix_access_token:
-                found = await self.request(None, client.whoami, final=FINAL_AT_LOGIN)
-            else:
-                password = settings.matrix_password
-                found = await self.request(
-                    None, client.login, password, "echobot", final=FINAL_AT_LOGIN
-                )
+            found = await self.request(*login, final=FINAL_AT_LOGIN)
         except Failure as failure:
-            url, secret = (
-                client.homeserver,
-                "ACCESS_TOKEN" if settings.matrix_access_token else "PASSWORD",
-            )
             if failure.errcode and failure.status != 404:
-                problem = f"{url} refuses {settings.matrix_user} ({failure})"
-                raise Exit(77, f"{problem}: check MATRIX_USER and MATRIX_{secret}") from None
-            problem = f"no Matrix homeserver answers at {url} ({failure})"
+                problem = f"{client.homeserver} refuses {user} ({failure})"
+                secret = "MATRIX_ACCESS_TOKEN" if token else "MATRIX_PASSWORD"
+                raise Exit(77, f"{problem}: check MATRIX_USER and {secret}") from None
+            problem = f"no Matrix homeserver answers at {client.homeserver} ({failure})"
             raise Exit(78, f"{problem}: check MATRIX_HOMESERVER") from None
-        if not same_user(found.user_id, settings.matrix_user):
+        if not same_user(found.user_id, user):
             raise Exit(78, f"MATRIX_ACCESS_TOKEN is of {found.user_id}: check MATRIX_USER")
-        access_token = settings.matrix_access_token or found.access_token
-        client.restore_login(found.user_id, found.device_id or "", access_token)
+        client.restore_login(found.user_id, found.device_id or "", token or found.access_token)
+        self.save_session()
 
     def save_session(self) -> None:
         """Save where and as whom we are logged in, but not an access token that we were given."""
-        client, directory = self.client, self.settings.state_directory
-        access_token = "" if self.settings.matrix_access_token else client.access_token
-        session = Session(client.homeserver, client.user_id, client.device_id or "", access_token)
+        client, directory, before = self.client, self.settings.state_directory, self.session
+        token = "" if self.settings.matrix_access_token else client.access_token
+        self.session = Session(client.homeserver, client.user_id, client.device_id or "", token)
         try:
-            replace_file(Path(directory, "session.json"), json.dumps(session._asdict()))
+            if before and not before.belongs_to(self.settings):
+                log.warning("Not using the state of %s at %s", before.user_id, before.homeserver)
+                Path(directory, "next_batch").unlink(missing_ok=True)
+            replace_file(Path(directory, "session.json"), json.dumps(self.session._asdict()))
         except OSError as error:
             log.error("Can't save session.json in %s: %s", directory, error.strerror)
 
-    async def sync(self, since: str | None, room: Room | None = None) -> JSON:
-        """Return the next sync response; raise Failure if the homeserver refuses `since`.
-
-        Without `since` it tells of the position and of pending invitations only.
-        """
+    async def sync(self, since: str | None) -> JSON:
+        """Return the next sync response; raise Failure if the homeserver refuses `since`."""
         final = {400} if since else ()
-        response: JSON = await self.request(room, self.sync_once, since, final=final)
+        response: JSON = await self.request(self.sync_once, since, final=final)
         if not self.last_sync:
             notify("READY=1")
         self.last_sync = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
@@ -512,7 +516,7 @@ class Homeserver:
         return response
 
     async def sync_once(self, since: str | None) -> Any:
-        """Sync once, letting through messages of others after `since`, or without it nothing."""
+        """Sync: for messages of others and invitations since then, or all pending invitations."""
         nothing: JSON = {"types": []}
         room = dict.fromkeys(("timeline", "state", "ephemeral", "account_data"), nothing)
         if since:
@@ -527,59 +531,35 @@ class Homeserver:
         """Tell systemd how many commands were answered, and when the last sync was."""
         notify(f"STATUS=Answered {self.answered}, last sync at {self.last_sync}")
 
-    async def request(
-        self, room: Room | None, method: Any, *arguments: Any, final: Container[int] = FINAL
-    ) -> Any:
-        """Return the response of one of the client's methods; repeat it while that may help.
+    async def request(self, method: Any, *arguments: Any, final: Container[int]) -> Any:
+        """Return the response of a request for which all wait: repeat it until it succeeds.
 
-        Raise Failure for what the homeserver itself refuses with an HTTP status in `final`, and for
-        what fails in a room for PATIENCE s while syncs, which have no room, do not.
+        Raise Failure for what the homeserver itself refuses with an HTTP status in `final`.
         """
-        attempt = foreign = 0
+        attempt = strange = 0
         while True:
-            if not room:
-                self.alive_until = time.monotonic() + ALIVE
+            self.alive_until = time.monotonic() + ALIVE
             try:
                 response = await outcome(method, *arguments)
+                break
             except Failure as failure:
                 attempt += 1
-                foreign = foreign + 1 if failure.status in final else 0
-                if self.is_refusal(failure, final, foreign):
-                    self.note_recovery(room)
+                # Without an errcode it may come from a proxy whose homeserver is restarting.
+                strange = strange + 1 if failure.status in final else 0
+                no_matrix = not self.client.user_id and (failure.status == 404 or strange >= 5)
+                if failure.status in final and (failure.errcode or no_matrix):
+                    self.note_recovery(None)
                     raise
-                if room and self.is_overdue(room, attempt):
-                    self.troubled.discard(room)
-                    raise
-                await self.mend(room, failure, attempt)
-            else:
-                self.note_recovery(room)
-                return response
-
-    def is_refusal(self, failure: Failure, final: Container[int], foreign: int) -> bool:
-        """Tell whether the homeserver said no, or there is clearly none, before the first login."""
-        # Without an errcode it may come from a proxy whose homeserver is restarting.
-        no_matrix = not self.client.user_id and (failure.status == 404 or foreign >= 5)
-        return failure.status in final and bool(failure.errcode or no_matrix)
-
-    def is_overdue(self, room: Room, attempt: int) -> bool:
-        """Tell whether a room has failed for too long, and not because everything does."""
-        # A room that was given up before still has some attempts, in 40 s or so, for each event.
-        is_long = time.monotonic() - max(room.failing_since, self.sound_since) > PATIENCE
-        return is_long and attempt > 8 and None not in self.troubled
-
-    async def mend(self, room: Room | None, failure: Failure, attempt: int) -> None:
-        """Do what may help before a request is repeated: log in again, or wait."""
-        # Not for a room: any server can have the join of its room answered with 401.
-        if failure.status == 401 and failure.errcode and not room:
-            self.note_trouble(room, failure, "logging in again")
-            await self.log_in()
-            self.save_session()
-            return
-        self.note_trouble(room, failure, "trying again")
-        wait = failure.wait(attempt)
-        if not room:
-            self.alive_until += wait
-        await asyncio.sleep(wait)
+                if failure.status == 401 and failure.errcode:
+                    self.note_trouble(None, failure, "logging in again")
+                    await self.log_in()
+                else:
+                    self.note_trouble(None, failure, "trying again")
+                    wait = failure.wait(attempt)
+                    self.alive_until += wait
+                    await asyncio.sleep(wait)
+        self.note_recovery(None)
+        return response
 
     def note_trouble(self, room: Room | None, failure: Failure, remedy: str) -> None:
         """Log what is wrong, each cause once until nothing is."""
@@ -672,13 +652,9 @@ class Client(AsyncClient):
         """Return the response that an HTTP response carries, as JSON if it has events."""
         body = await self.parse_body(transport_response)
         if transport_response.status == 200:
-            if response_class is SyncResponse:
-                response = body if part(body, str, "next_batch") else None
-            elif response_class is RoomMessagesResponse:
-                response = body if part(body, str, "start") else None
-            else:
-                response = response_class.from_dict(body, *data or ())
-            if response and not isinstance(response, ErrorResponse):
+            key = {SyncResponse: "next_batch", RoomMessagesResponse: "start"}.get(response_class)
+            response = body if key else response_class.from_dict(body, *data or ())
+            if not isinstance(response, ErrorResponse) and (not key or part(body, str, key)):
                 return response
         errcode = part(body, str, "errcode")
         seconds = transport_response.headers.get("Retry-After", "")
@@ -699,10 +675,8 @@ def part(whole: Any, kind: type, *path: str) -> Any:
 
 def open_client(homeserver: str, user: str = "") -> Client:
     """Return a client for a homeserver's base URL that leaves errors to us."""
-    config = AsyncClientConfig(
-        max_limit_exceeded=0, max_timeouts=0, request_timeout=REQUEST_TIMEOUT
-    )
-    client = Client(homeserver.rstrip("/"), user, config=config)
+    config = AsyncClientConfig(max_timeouts=0, request_timeout=REQUEST_TIMEOUT)
+    client = Client(homeserver.rstrip("/"), user, DEVICE_ID, config=config)
     url = urlsplit(homeserver)
     proxy = urllib.request.getproxies().get(url.scheme)
     if not proxy or urllib.request.proxy_bypass(url.hostname or ""):
@@ -778,23 +752,17 @@ def replace_file(path: Path, text: str) -> None:
         os.close(directory)
 
 
-@contextlib.contextmanager
-def locked(directory: str) -> Iterator[None]:
-    """Hold a state directory for this process alone; raise Exit if that is not possible."""
+def lock(directory: str) -> None:
+    """Keep a state directory for this process until it ends; raise Exit if that is not possible."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(os.open(Path(directory, "next_batch.tmp"), os.O_WRONLY | os.O_CREAT, 0o600))
+        fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Path(directory, "next_batch.tmp").touch(0o600)
     except BlockingIOError:
         problem = f"another copy is running on the state directory {directory}"
         raise Exit(75, f"{problem}: stop it, or set another STATE_DIRECTORY") from None
     except OSError as error:
         problem = f"can't use the state directory {directory} ({error.strerror})"
         raise Exit(78, f"{problem}: set STATE_DIRECTORY to one that is writable") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -871,14 +839,12 @@ def set_up_logging(level: str) -> None:
 
 def notify(state: str) -> None:
     """Tell systemd the state of the service, if it asked for it (see sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        name = "\0" + address[1:] if address.startswith("@") else address
+    if address := os.environ.get("NOTIFY_SOCKET"):
         with (
             contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
         ):
-            systemd.sendto(state.encode(), name)
+            systemd.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 async def feed_watchdog(homeserver: Homeserver) -> None:
