@@ -44,7 +44,7 @@ import urllib.request
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -151,13 +151,15 @@ async def run(settings: Settings) -> None:
 async def poll(homeserver: Homeserver, batches: Batches) -> None:
     """Sync for ever: start to answer each response, and poll on without waiting for that."""
     await homeserver.connect()
-    since = await start(homeserver, batches, load_next_batch(homeserver.settings.state_directory))
+    since = await starting_position(
+        homeserver, batches, load_next_batch(homeserver.settings.state_directory)
+    )
     while True:
         try:
             response = await homeserver.sync(since)
         except Failure as failure:
             log.error("The homeserver refuses next_batch (%s): starting from now instead", failure)
-            since = await start(homeserver, batches, None)
+            since = await starting_position(homeserver, batches, None)
             await asyncio.sleep(backoff(4))
             continue
         tasks = start_answering(homeserver, response, since)
@@ -185,8 +187,8 @@ async def save_in_order(batches: Batches, directory: str) -> None:
         batches.task_done()
 
 
-async def start(homeserver: Homeserver, batches: Batches, since: str | None) -> str:
-    """Take up pending invitations; return `since`, or without one the position of now."""
+async def starting_position(homeserver: Homeserver, batches: Batches, since: str | None) -> str:
+    """Return `since`, or without one the position of now; take up pending invitations."""
     if since is None:
         since = str((await homeserver.sync(None))["next_batch"])
         # Saved at once, not after the joins: a kill amid them must not make this a first start.
@@ -196,7 +198,7 @@ async def start(homeserver: Homeserver, batches: Batches, since: str | None) -> 
 
 
 async def accept_pending(homeserver: Homeserver, since: str) -> None:
-    """Accept the invitations before `since`: only a sync without it tells of those again."""
+    """Accept the invitations before `since`, of which only a sync without it tells again."""
     try:
         overview = await Room(homeserver, "all").request(homeserver.sync_once, None)
     except Failure as failure:
@@ -204,10 +206,9 @@ async def accept_pending(homeserver: Homeserver, since: str) -> None:
         log.warning("Passed over invitations that may be pending: %s", failure)
     else:
         invited = part(overview, dict, "rooms", "invite").items()
-        joins = (
-            homeserver.room(room_id).accept_invitation(room, since) for room_id, room in invited
+        await asyncio.gather(
+            *(homeserver.room(room_id).accept_invitation(room, since) for room_id, room in invited)
         )
-        await asyncio.gather(*joins)
 
 
 def start_answering(homeserver: Homeserver, response: JSON, since: str) -> Tasks:
@@ -230,9 +231,9 @@ class Room:
     homeserver: Homeserver
     room_id: str
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a part is answered
-    just_joined: bool = False  # its next timeline may begin before the invitation
+    just_joined: bool = False  # the next timeline may reach back before the invitation
     told_encrypted: bool = False
-    failing_since: float = 0.0  # monotonic s, 0 if it is not
+    failing_since: float = 0.0  # monotonic s, 0 after a success or a refusal
     # Event IDs: the timeline after a join repeats what was read at the join.
     answered: deque[str] = field(default_factory=partial(deque, maxlen=100))
 
@@ -267,10 +268,10 @@ class Room:
             position = end if end != position else ""
         return True
 
-    async def accept_invitation(self, room: JSON, since: str) -> None:
+    async def accept_invitation(self, invited_room: JSON, since: str) -> None:
         """Join the room and answer what was sent since the invitation, or reject that."""
         client, inviter = self.homeserver.client, "nobody"
-        for event in part(room, list, "invite_state", "events"):
+        for event in part(invited_room, list, "invite_state", "events"):
             # The last one counts: before the invitation stands what the inviter's server says.
             match event:
                 case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
@@ -406,7 +407,8 @@ def text_content(body: str, event: RoomMessageText) -> JSON:
     return content
 
 
-FINAL_AT_LOGIN = frozenset(range(200, 500)) - {429}  # HTTP statuses: who answers will not help
+# HTTP statuses after which a login is not repeated: 200 is one of what is no homeserver.
+FINAL_AT_LOGIN = frozenset(range(200, 500)) - {429}
 
 
 class Homeserver:
@@ -414,11 +416,11 @@ class Homeserver:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.room = cache(partial(Room, self))  # by room ID
         self.session = load_session(settings.state_directory)
         self.client = Client("")
-        self.rooms: dict[str, Room] = {}
-        # Synapse repeats a response for two minutes to who asks with the same parameters, though
-        # messages may have been redacted: so each process asks with others.
+        # Synapse repeats a response for two minutes to who asks with the same parameters, even what
+        # the position of now is: so each process asks with others.
         self.hold = SYNC_TIMEOUT - random.randrange(1000)
         self.answered = 0
         self.last_sync = ""
@@ -427,10 +429,6 @@ class Homeserver:
         self.sound_since = self.alive_until = 0.0  # monotonic s
         self.troubled: set[Room | None] = set()
         self.causes: set[str] = set()
-
-    def room(self, room_id: str) -> Room:
-        """Return what is remembered of a room."""
-        return self.rooms.setdefault(room_id, Room(self, room_id))
 
     async def connect(self) -> None:
         """Go on with the saved session or log in; raise Exit if that is refused."""
@@ -523,9 +521,7 @@ class Homeserver:
             room["timeline"] = {**MESSAGES, "not_senders": [self.client.user_id]}
         only = {"room": room, "presence": nothing, "account_data": nothing}
         # Without `since` the homeserver does not wait for news, but may take minutes to answer.
-        # After trouble it need not wait either: it shows at once that the trouble is over.
-        hold = 1 if None in self.troubled else self.hold
-        return await self.client.sync(hold if since else 8 * self.hold, only, since)
+        return await self.client.sync(self.hold if since else 8 * self.hold, only, since)
 
     def tell_status(self) -> None:
         """Tell systemd how many commands were answered, and when the last sync was."""
@@ -678,13 +674,13 @@ def open_client(homeserver: str, user: str = "") -> Client:
     config = AsyncClientConfig(max_timeouts=0, request_timeout=REQUEST_TIMEOUT)
     client = Client(homeserver.rstrip("/"), user, DEVICE_ID, config=config)
     url = urlsplit(homeserver)
-    proxy = urllib.request.getproxies().get(url.scheme)
-    if not proxy or urllib.request.proxy_bypass(url.hostname or ""):
-        proxy = None
-    elif not is_base_url(proxy := proxy if "://" in proxy else f"http://{proxy}"):
-        raise Exit(
-            78, f"{url.scheme.upper()}_PROXY is malformed: set it to a URL like http://host:3128"
-        )
+    is_direct = urllib.request.proxy_bypass(url.hostname or "")
+    proxy = None if is_direct else urllib.request.getproxies().get(url.scheme)
+    if proxy:
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        if not is_base_url(re.sub("//.*@", "//", proxy)):
+            name = f"{url.scheme.upper()}_PROXY"
+            raise Exit(78, f"{name} is malformed: set it to a URL like http://host:3128")
     # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
     connector = aiohttp.TCPConnector(limit=MAX_CONNECTIONS)
     client.client_session = aiohttp.ClientSession(connector=connector, proxy=proxy)
@@ -817,7 +813,7 @@ def is_base_url(text: str) -> bool:
     try:
         url = urlsplit(text)
         host = (url.hostname or "").encode("idna")
-        is_clean = not re.search(r"[\s?#]", text)
+        is_clean = not re.search(r"[\s?#@]", text)
         return is_clean and url.scheme in ("http", "https") and bool(host) and url.port != 0
     except ValueError:
         return False

@@ -58,6 +58,23 @@ async def test_history_from_before_the_invitation_is_not_answered(
     assert await people.replies(alice, room_id, 2) == ["invited", "joined"]
 
 
+async def test_reply_to_is_called_once_for_what_was_said_around_a_join(
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """The join and the first timeline after it both bring it; that is no second command."""
+    await proxied_bot.run()
+    until = asyncio.Event()
+    with proxy.inject(faults.hold(until), faults.JOIN) as hanging:
+        room_id = await alice.create_room(people.bot_id)
+        sent = [await alice.send(room_id, f"!replybot {n}") for n in range(5)]
+        until.set()
+        await people.replies(alice, room_id, 5)
+        assert hanging.happened
+    await alice.send(room_id, "!replybot last")
+    assert (await people.replies(alice, room_id, 6))[5:] == ["last"]
+    assert [proxied_bot.log.count(f"Answered {event_id}") for event_id in sent] == [1] * 5
+
+
 async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     people: People, alice: User, proxied_bot: Bot, proxy: Proxy
 ) -> None:

@@ -134,6 +134,43 @@ async def test_send_that_always_fails_is_given_up(
     assert await people.replies(alice, room_id, 1) == ["next"]
 
 
+async def test_time_since_a_refusal_is_no_time_of_failure(
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """A room that failed, then said no, and was quiet for long, has the same patience as any."""
+    room_id = await people.room_with_bot(alice)
+    proxied_bot.script = fork(proxied_bot.directory, PATIENCE=5, MAX_BACKOFF=0.25)
+    await proxied_bot.run()
+    forbidden = faults.answer(403, {"errcode": "M_FORBIDDEN", "error": "You can't"})
+    with proxy.inject(faults.internal_error, sends_to(room_id), times=1) as failure:
+        event_id = await alice.send(room_id, "!replybot refused")
+        await happened(failure)
+        with proxy.inject(forbidden, sends_to(room_id), times=1):
+            await proxied_bot.logs(f"Passed over {event_id}")
+    await asyncio.sleep(5)
+    with proxy.inject(faults.internal_error, sends_to(room_id), times=12) as failure:
+        await alice.send(room_id, "!replybot hello")
+        assert await people.replies(alice, room_id, 1) == ["hello"]
+        assert failure.happened == 12
+
+
+async def test_failing_sends_are_not_given_up_while_syncs_fail_too(
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """However long a sync is told to wait, it is not the room that fails."""
+    room_id = await people.room_with_bot(alice)
+    proxied_bot.script = fork(proxied_bot.directory, PATIENCE=2, MAX_BACKOFF=0.25)
+    await proxied_bot.run()
+    with (
+        proxy.inject(faults.rate_limited_by_header(8), faults.POLL, times=1) as limited,
+        proxy.inject(faults.internal_error, sends_to(room_id)) as failing,
+    ):
+        await alice.send(room_id, "!replybot hello")
+        await happened(limited)
+        await happened(failing, times=25)
+    assert await people.replies(alice, room_id, 1) == ["hello"]
+
+
 async def test_others_are_answered_promptly_while_rooms_misbehave(
     people: People, alice: User, proxied_bot: Bot, proxy: Proxy
 ) -> None:

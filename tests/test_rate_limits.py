@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -9,19 +10,25 @@ import proxy as faults
 import pytest
 from bot import Bot, new_bot
 from conftest import People, new_people
-from homeserver import User, running_homeserver
-from proxy import Proxy
+from homeserver import Homeserver, User, running_homeserver
+from proxy import Proxy, running_proxy
 
 # Synapse's limits for messages, but 15 times as fast.
 PER_SECOND, BURST = 3, 10
 
 
 @pytest.fixture(scope="module")
-async def limited_people() -> AsyncIterator[People]:
-    """The account of a bot on a homeserver that limits how fast messages may be sent."""
+async def limited_homeserver() -> AsyncIterator[Homeserver]:
+    """A homeserver that limits how fast messages may be sent."""
     limit = {"per_second": PER_SECOND, "burst_count": BURST}
     async with running_homeserver({"rc_message": limit}) as homeserver:
-        yield await new_people(homeserver)
+        yield homeserver
+
+
+@pytest.fixture
+async def limited_people(limited_homeserver: Homeserver) -> People:
+    """An account for the bot, and people, on a homeserver that limits them."""
+    return await new_people(limited_homeserver)
 
 
 async def test_synapse_limits_cost_no_reply_and_starve_no_room(limited_people: People) -> None:
@@ -46,6 +53,23 @@ async def test_synapse_limits_cost_no_reply_and_starve_no_room(limited_people: P
     allowed = (50 - BURST) / PER_SECOND
     assert allowed * 0.9 < max(first + second) - started < allowed * 1.25
     assert sum(moment < second[-1] for moment in first) <= 30, "the second room was starved"
+
+
+async def test_limited_rooms_do_not_rush(limited_people: People) -> None:
+    """Of 24 rooms that meet the limit together one asks at a time, not all for each reply."""
+    people = limited_people
+    async with (
+        running_proxy(people.homeserver.url) as proxy,
+        new_bot(proxy.url, MATRIX_USER=people.bot_id) as bot,
+    ):
+        senders = [await people.user(f"sender{n}-") for n in range(24)]
+        await bot.run()
+        rooms = [(user, await user.create_room(people.bot_id)) for user in senders]
+        await bot.logs("Joined", times=len(rooms))
+        await asyncio.gather(*[user.send(room_id, "!replybot hello") for user, room_id in rooms])
+        for user, room_id in rooms:
+            assert await people.replies(user, room_id, 1) == ["hello"]
+        assert len(rooms) + 5 < proxy.count(faults.SEND) < 2.5 * len(rooms)
 
 
 async def reply_times(people: People, reader: User, room_id: str) -> list[float]:

@@ -19,10 +19,17 @@ async def reply_to(event: RoomMessageText) -> str | None:
         raise ValueError(f"can't cope with {event.body}")
     if event.body == "number":
         return 42
+    if event.body == "usage":
+        sys.exit(2)
+    if event.body == "cancel":
+        asyncio.current_task().cancel()
+        await asyncio.sleep(1)
     if event.body == "quiet":
         return None
     return event.body.upper()
 """
+
+BUGS = ("secret", "number", "usage", "cancel")
 
 HANGING = """
 async def reply_to(event: RoomMessageText) -> str | None:
@@ -47,11 +54,11 @@ async def test_slow_reply_to_holds_up_no_other_room(people: People, alice: User,
 
 
 async def test_bug_in_reply_to_costs_one_reply(people: People, alice: User, bot: Bot) -> None:
-    """An exception or a result that is no text is logged with the event ID, not the message."""
+    """Whatever it raises or returns is logged with the event ID, without the message."""
     room_id = await people.room_with_bot(alice)
     bot.script = fork(bot.directory, BROKEN)
     await bot.run()
-    failed = [await alice.send(room_id, body) for body in ("secret", "number")]
+    failed = [await alice.send(room_id, body) for body in BUGS]
     await alice.send(room_id, "quiet")
     await alice.send(room_id, "fine")
     assert await people.replies(alice, room_id, 1) == ["FINE"]

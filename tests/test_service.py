@@ -54,6 +54,7 @@ async def test_trouble_is_logged_when_it_starts_and_when_it_ends(
 ) -> None:
     """With replies pending in five rooms and no connection, it takes a few lines, not hundreds."""
     rooms = [await people.room_with_bot(alice) for _ in range(5)]
+    proxied_bot.script = fork(proxied_bot.directory, SYNC_TIMEOUT=2000)
     await proxied_bot.run()
     before = len(proxied_bot.log.splitlines())
     with proxy.inject(faults.bad_gateway, faults.SEND) as gateway:
@@ -66,6 +67,7 @@ async def test_trouble_is_logged_when_it_starts_and_when_it_ends(
     for room_id in rooms:
         assert await people.replies(alice, room_id, 3) == ["0", "1", "2"]
     await proxied_bot.logs("Answered", times=15)
+    await proxied_bot.logs("No more trouble")
     lines = proxied_bot.log.splitlines()[before:]
     trouble = [line for line in lines if "Answered" not in line]
     assert f"WARNING Trouble with {proxy.url}: HTTP 502" in trouble[0]

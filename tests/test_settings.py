@@ -59,6 +59,7 @@ async def test_missing_or_malformed_variable_is_named(name: str) -> None:
         ("MATRIX_HOMESERVER", "http://127.0.0.1:port"),
         ("MATRIX_HOMESERVER", "http://127.0.0.1:99999"),
         ("MATRIX_HOMESERVER", "http://example..com"),
+        ("MATRIX_HOMESERVER", "https://user:hunter2@example.com"),
         ("HTTP_PROXY", "http://user:hunter2@127.0.0.1:port"),
         ("HTTP_PROXY", "socks5://user:hunter2@127.0.0.1:1080"),
     ],
