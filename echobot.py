@@ -42,7 +42,7 @@ import time
 import traceback
 import urllib.request
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -61,6 +61,7 @@ from nio import (
 )
 
 COMMAND = "!replybot"
+ENCRYPTED = "This room is encrypted, and I can't read encrypted messages."
 
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 REQUEST_TIMEOUT = 60  # s that any other request may take
@@ -200,6 +201,7 @@ async def starting_position(homeserver: Homeserver, batches: Batches, since: str
 async def accept_pending(homeserver: Homeserver, since: str) -> None:
     """Accept the invitations before `since`, of which only a sync without it tells again."""
     try:
+        # With the patience of a room: polling does not wait for it.
         overview = await Room(homeserver, "all").request(homeserver.sync_once, None)
     except Failure as failure:
         # What is saved must not wait for it longer; the next start asks again.
@@ -305,8 +307,7 @@ class Room:
             case {"type": "m.room.encrypted"} if not self.told_encrypted:
                 self.told_encrypted = True
                 log.warning("%s is encrypted: its messages can't be read", self.room_id)
-                body = "This room is encrypted, and I can't read encrypted messages."
-                content = {"msgtype": "m.notice", "body": body, "m.mentions": {}}
+                content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
                 await self.send(content, f"encrypted{self.room_id}")
             case {
                 "type": "m.room.message",
@@ -596,7 +597,7 @@ class Failure(Exception):
         return max(self.retry_after, backoff(0 if self.retry_after else attempt - 1))
 
 
-async def outcome(method: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+async def outcome(method: Any, *arguments: Any) -> Any:
     """Return the response of one of the client's methods; raise Failure for all else."""
     try:
         return await method(*arguments)
@@ -773,37 +774,32 @@ class Settings:
     state_directory: str = "."
     log_level: str = "INFO"
 
+    def problems(self) -> Iterator[str]:
+        """Yield what to do about each variable that is missing or malformed."""
+        user, url, token = self.matrix_user, self.matrix_homeserver, self.matrix_access_token
+        if not re.fullmatch(r"@[^\s:]+:[^\s/@]+|[^\s:@]+", user):
+            yield "MATRIX_USER is missing or malformed: set it to a user ID like @bot:example.org"
+        if not self.matrix_password and not token:
+            yield "MATRIX_PASSWORD is missing: set it, or MATRIX_ACCESS_TOKEN"
+        if not re.fullmatch(r"[!-~]*", token):
+            yield "MATRIX_ACCESS_TOKEN is malformed: set it to an access token, without spaces"
+        if not url and user and ":" not in user:
+            yield "MATRIX_HOMESERVER is missing: set it, or MATRIX_USER to a full user ID"
+        if url and not is_base_url(url):
+            yield "MATRIX_HOMESERVER is malformed: set it to a URL like https://example.org"
+        if not re.fullmatch(r"\s*([@*?[]\S*(\s+|$))+", self.matrix_inviters):
+            yield "MATRIX_INVITERS is malformed: set it to user ID patterns like @*:example.org"
+        if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            yield "LOG_LEVEL is malformed: set it to DEBUG, INFO, WARNING or ERROR"
+        if not Path(self.state_directory).is_dir():
+            yield f"STATE_DIRECTORY {self.state_directory} is no directory: set it to one"
+
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Return the settings; raise Exit with all that is missing or malformed."""
-    names = [name for name in Settings.__annotations__ if environment.get(name.upper())]
-    settings = Settings(**{name: environment[name.upper()] for name in names})
-    user, url, token = (
-        settings.matrix_user,
-        settings.matrix_homeserver,
-        settings.matrix_access_token,
-    )
-    problems = []
-
-    def check(name: str, is_fine: object, hint: str) -> None:
-        """Note what to do about a variable that is not fine."""
-        if not is_fine:
-            problem = "malformed" if environment.get(name) else "missing"
-            problems.append(f"{name} is {problem}: set it to {hint}")
-
-    is_user = re.fullmatch(r"@[^\s:]+:[^\s/@]+|[^\s:@]+", user)
-    check("MATRIX_USER", is_user, "a user ID like @bot:example.org")
-    check("MATRIX_PASSWORD", settings.matrix_password or token, "one, or MATRIX_ACCESS_TOKEN")
-    check("MATRIX_ACCESS_TOKEN", re.fullmatch(r"[!-~]*", token), "an access token, without spaces")
-    is_found = is_base_url(url) if url else not user or ":" in user
-    check("MATRIX_HOMESERVER", is_found, "a URL like https://example.org")
-    are_patterns = re.fullmatch(r"\s*([@*?[]\S*(\s+|$))+", settings.matrix_inviters)
-    check("MATRIX_INVITERS", are_patterns, "user ID patterns like @*:example.org")
-    is_level = settings.log_level.upper() in ("DEBUG", "INFO", "WARNING", "ERROR")
-    check("LOG_LEVEL", is_level, "DEBUG, INFO, WARNING or ERROR")
-    directory = settings.state_directory
-    check("STATE_DIRECTORY", Path(directory).is_dir(), f"a directory, not {directory}")
-    if problems:
+    given = [name for name in Settings.__annotations__ if environment.get(name.upper())]
+    settings = Settings(**{name: environment[name.upper()] for name in given})
+    if problems := list(settings.problems()):
         raise Exit(78, "; ".join(problems))
     return settings
 
