@@ -57,6 +57,7 @@ from nio import (
     MessageDirection,
     RoomMessagesResponse,
     RoomMessageText,
+    RoomSendResponse,
     SyncResponse,
 )
 
@@ -328,8 +329,10 @@ class Room:
         """Send what reply_to returns for a message; a bug in it costs that reply."""
         started = time.monotonic()
         # In a task of its own: its cancellation, by itself or after too long, is not ours.
-        calling = asyncio.wait_for(result_of_reply_to(event), PATIENCE)
-        result: Any = (await asyncio.gather(calling, return_exceptions=True))[0]
+        calling = asyncio.create_task(result_of_reply_to(event))
+        done, _ = await asyncio.wait({calling}, timeout=PATIENCE)
+        calling.cancel()
+        result = calling.result() if done else TimeoutError()
         if result is None:
             return
         if not isinstance(result, str):
@@ -637,8 +640,12 @@ def backoff(attempt: int) -> float:
     return min(MAX_BACKOFF, 0.25 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1)
 
 
+# The responses that are left as the JSON they are, and what they have if they are a success.
+KEYS = {SyncResponse: "next_batch", RoomMessagesResponse: "start", RoomSendResponse: "event_id"}
+
+
 class Client(AsyncClient):
-    """nio's client, but it raises what is no success, and leaves responses with events as they are.
+    """nio's client, but it raises what is no success, and leaves most responses as they are.
 
     nio's own parser fails on a whole response for one odd event, and takes most of the time.
     """
@@ -646,10 +653,10 @@ class Client(AsyncClient):
     async def create_matrix_response(
         self, response_class: Any, transport_response: Any, data: Any = None, save_to: Any = None
     ) -> Any:
-        """Return the response that an HTTP response carries, as JSON if it has events."""
+        """Return the response that an HTTP response carries."""
         body = await self.parse_body(transport_response)
         if transport_response.status == 200:
-            key = {SyncResponse: "next_batch", RoomMessagesResponse: "start"}.get(response_class)
+            key = KEYS.get(response_class)
             response = body if key else response_class.from_dict(body, *data or ())
             if not isinstance(response, ErrorResponse) and (not key or part(body, str, key)):
                 return response
