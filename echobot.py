@@ -66,13 +66,13 @@ ENCRYPTED = "This room is encrypted, and I can't read encrypted messages."
 
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 REQUEST_TIMEOUT = 60  # s that any other request may take
-PATIENCE = 600  # s that one event may fail, while syncs succeed, before it is passed over
+PATIENCE = 600  # s that a request may fail in a room while syncs succeed, or reply_to may take
 MAX_BACKOFF = 60  # s between two attempts, unless the homeserver asks for more
 MAX_RETRY_AFTER = 3600  # s
-MAX_UNFINISHED = 10_000  # sync responses with replies under way before polling pauses
+MAX_UNFINISHED = 10_000  # sync responses whose next_batch is not saved before polling pauses
 MAX_CONNECTIONS = 500  # fewer than the files that a process may open
 SHUTDOWN_GRACE = 5  # s for the sends in flight
-ALIVE = 300  # s that a poll may take before systemd's watchdog is left to end the bot
+ALIVE = 300  # s for a poll, more than nio's deadlines, until systemd's watchdog ends the bot
 LOGINS = 4  # in LOGIN_WINDOW s: Synapse allows five, then one in 333 s
 LOGIN_WINDOW = 1400  # s
 DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the device
@@ -275,7 +275,7 @@ class Room:
         """Join the room and answer what was sent since the invitation, or reject that."""
         client, inviter = self.homeserver.client, "nobody"
         for event in part(invited_room, list, "invite_state", "events"):
-            # The last one counts: before the invitation stands what the inviter's server says.
+            # The last one counts: only that is our own homeserver's, not what the inviter's says.
             match event:
                 case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
                     inviter = sender
@@ -289,7 +289,7 @@ class Room:
                 await self.request(client.join, self.room_id)
                 log.info("Joined %s, invited by %s", self.room_id, inviter)
                 self.just_joined = True
-                # To the present: polling has gone on meanwhile, and told nothing of this room.
+                # Up to now: the polls since the invitation have told nothing of this room.
                 await self.answer_gap(since, None)
         except Failure as failure:
             log.warning("Passed over the invitation to %s: %s", self.room_id, failure)
@@ -377,7 +377,7 @@ class Room:
                     raise
                 homeserver.note_trouble(self, failure, "trying again")
                 failed_for = time.monotonic() - max(self.failing_since, homeserver.sound_since)
-                # After 600 s with one event, the next ones of the room still get some 40 s each.
+                # Once a room was given up, its next requests still get nine attempts, some 40 s.
                 if attempt > 8 and failed_for > PATIENCE and None not in homeserver.troubled:
                     homeserver.troubled.discard(self)
                     raise
@@ -411,7 +411,7 @@ def text_content(body: str, event: RoomMessageText) -> JSON:
     return content
 
 
-# HTTP statuses after which a login is not repeated: 200 is one of what is no homeserver.
+# HTTP statuses that end a login; with a 200 among them, what answers is no homeserver.
 FINAL_AT_LOGIN = frozenset(range(200, 500)) - {429}
 
 
@@ -423,8 +423,8 @@ class Homeserver:
         self.room = cache(partial(Room, self))  # by room ID
         self.session = load_session(settings.state_directory)
         self.client = Client("")
-        # Synapse repeats a response for two minutes to who asks with the same parameters, even what
-        # the position of now is: so each process asks with others.
+        # Synapse repeats a response for two minutes if it is asked with the same parameters, even
+        # what the position of now is: so each process asks with others.
         self.hold = SYNC_TIMEOUT - random.randrange(1000)
         self.answered = 0
         self.last_sync = ""
