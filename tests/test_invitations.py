@@ -160,7 +160,7 @@ async def test_overview_that_never_comes_does_not_hold_the_position_back(
     room_id = await people.room_with_bot(alice)
     await proxied_bot.run()
     await proxied_bot.stop()
-    proxied_bot.script = fork(proxied_bot.directory, PATIENCE=2)
+    proxied_bot.script = fork(proxied_bot.directory, PATIENCE=2, MAX_BACKOFF=1)
     path = proxied_bot.state / "next_batch"
     before = path.read_text()
     with proxy.inject(faults.internal_error, r"/sync\?(?!.*since=)") as refused:
