@@ -170,6 +170,8 @@ async def poll(homeserver: Homeserver, batches: Batches) -> None:
         if tasks:
             # Quick replies first: the next poll would slow them down, here and at the homeserver.
             await asyncio.wait(tasks, timeout=0.05)
+            # A single reply is seen 2 ms sooner if the homeserver can first deliver it.
+            await asyncio.sleep(0.002 if len(tasks) == 1 else 0)
 
 
 async def save_in_order(batches: Batches, directory: str) -> None:

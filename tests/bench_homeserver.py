@@ -107,9 +107,9 @@ class Account:
         answer = self.answer(poll, {room: self.joined(poll, room) for room in self.timelines})
         self.timelines.clear()
         self.poll = None
-        poll.connection.respond(answer)
+        told_at = poll.connection.respond(answer)
         if batch and not self.told_at:
-            self.told_at = time.perf_counter()
+            self.told_at = told_at
 
     def answer(self, poll: Poll, join: dict[str, Any]) -> dict[str, Any]:
         """Return a sync answer with these joined rooms."""
@@ -294,11 +294,14 @@ class Connection(asyncio.Protocol):
             body, at = rest[:length], self.first_byte_at
             self.homeserver.handle(self, method, target, token, body, at)
 
-    def respond(self, answer: Any, status: int = 200) -> None:
-        """Send an answer."""
+    def respond(self, answer: Any, status: int = 200) -> float:
+        """Send an answer, return when."""
         body = json.dumps(answer).encode()
         head = f"HTTP/1.1 {status} -\r\nContent-Type: application/json\r\n"
+        # Before the write: on a busy machine the bot may have replied when that returns.
+        at = time.perf_counter()
         self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return at
 
 
 async def main() -> None:
