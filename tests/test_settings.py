@@ -13,6 +13,7 @@ from pathlib import Path
 
 import proxy as faults
 import pytest
+from aiohttp import web
 from bot import ECHOBOT, Bot, fork, new_bot
 from certificates import CertificateAuthority
 from conftest import People
@@ -181,6 +182,21 @@ async def test_url_without_homeserver_is_refused_with_78(
     assert "check MATRIX_HOMESERVER" in line
     assert "Traceback" not in proxied_bot.log
     assert injection.happened
+
+
+async def test_failures_before_a_strange_answer_do_not_count_as_such(
+    proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """Only five strange answers in a row mean that there is no homeserver, not a bad start."""
+    course = iter([faults.cut_before] * 5 + [faults.not_json] * 2)
+
+    async def in_order(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        return await next(course)(proxy, request)
+
+    proxied_bot.script = fork(proxied_bot.directory, MAX_BACKOFF=0.25)
+    with proxy.inject(in_order, faults.LOGIN, times=7) as injection:
+        await proxied_bot.run()
+        assert injection.happened == 7
 
 
 async def test_homeserver_that_is_down_at_the_start_is_waited_for(people: People) -> None:
