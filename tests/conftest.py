@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
-from bot import Bot, eventually, new_bot
-from homeserver import Homeserver, User, running_homeserver
-from proxy import Proxy, running_proxy
+from support.bot import Bot, eventually, new_bot
+from support.homeserver import Homeserver, User, running_homeserver
+from support.proxy import Proxy, running_proxy
 
 NUMBERS = itertools.count(1)
 

@@ -19,8 +19,8 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from bot import Bot, eventually, new_bot
-from homeserver import PASSWORD, SERVER_NAME, Homeserver, User, running_homeserver
+from support.bot import Bot, eventually, new_bot
+from support.homeserver import PASSWORD, SERVER_NAME, Homeserver, User, running_homeserver
 
 INTERACTIVE = sys.stdin.isatty()
 PROMPT, CLEAR_LINE = ("> ", "\r\x1b[K") if INTERACTIVE else ("", "")

@@ -8,13 +8,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import proxy as faults
 import pytest
+import support.proxy as faults
 from aiohttp import web
-from bot import Bot, fork, new_bot
 from conftest import People, new_people
-from homeserver import PASSWORD, User, running_homeserver
-from proxy import LOGIN, POLL, SEND, Fault, Proxy, running_proxy
+from support.bot import Bot, fork, new_bot
+from support.homeserver import PASSWORD, User, running_homeserver
+from support.proxy import LOGIN, POLL, SEND, Fault, Proxy, running_proxy
 
 REFUSED = {"errcode": "M_UNKNOWN_TOKEN", "error": "Unknown access token"}
 SOFT_LOGOUT = {**REFUSED, "soft_logout": True}

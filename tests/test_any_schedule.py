@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import proxy as faults
+import support.proxy as faults
 from aiohttp import web
-from bot import Bot, eventually, fork, new_bot
 from conftest import People, new_people
-from homeserver import Homeserver, User
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from proxy import Fault, Proxy, running_proxy
+from support.bot import Bot, eventually, fork, new_bot
+from support.homeserver import Homeserver, User
+from support.proxy import Fault, Proxy, running_proxy
 
 EXAMPLES = int(os.environ.get("ECHOBOT_EXAMPLES", "0"))
 FAULTY = 0.35  # of all requests

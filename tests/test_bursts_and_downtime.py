@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from bot import Bot, eventually, fork
 from conftest import People
-from homeserver import User
+from support.bot import Bot, eventually, fork
+from support.homeserver import User
 
 
 async def test_burst_from_four_users_is_answered_once(

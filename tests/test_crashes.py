@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 
-from bot import Bot, eventually
 from conftest import People
-from homeserver import User
+from support.bot import Bot, eventually
+from support.homeserver import User
 
 KILLS = 12
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bot import Bot, eventually
 from conftest import People
-from homeserver import PASSWORD, User
+from support.bot import Bot, eventually
+from support.homeserver import PASSWORD, User
 
 
 async def test_command_is_answered_with_its_rest(people: People, alice: User, bot: Bot) -> None:

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
-from bot import Bot, fork
 from conftest import People
-from homeserver import User
+from support.bot import Bot, fork
+from support.homeserver import User
 
 DICE = r"""
 async def reply_to(event: RoomMessageText) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-import proxy as faults
-from bot import Bot, eventually, fork
+import support.proxy as faults
 from conftest import People
-from homeserver import User
-from proxy import Proxy
+from support.bot import Bot, eventually, fork
+from support.homeserver import User
+from support.proxy import Proxy
 
 
 async def joined(people: People, user: User, room_id: str) -> None:

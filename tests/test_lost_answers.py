@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-import proxy as faults
 import pytest
+import support.proxy as faults
 from aiohttp import web
-from bot import Bot, fork
 from conftest import People
-from homeserver import User
-from proxy import EVERY_FAULT, LOGIN, MESSAGES, POLL, SEND, Proxy
+from support.bot import Bot, fork
+from support.homeserver import User
+from support.proxy import EVERY_FAULT, LOGIN, MESSAGES, POLL, SEND, Proxy
 
 
 async def done_but_silent(proxy: Proxy, request: web.Request) -> web.StreamResponse:

@@ -8,11 +8,11 @@ import re
 import time
 from typing import Any
 
-import proxy as faults
-from bot import Bot, eventually, fork
+import support.proxy as faults
 from conftest import People
-from homeserver import SERVER_NAME, User
-from proxy import Injection, Proxy
+from support.bot import Bot, eventually, fork
+from support.homeserver import SERVER_NAME, User
+from support.proxy import Injection, Proxy
 
 HUGE = """
 async def reply_to(event: RoomMessageText) -> str | None:

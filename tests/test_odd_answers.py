@@ -13,14 +13,14 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
-import proxy as faults
 import pytest
-from bot import Bot, eventually, new_bot
+import support.proxy as faults
 from conftest import People, new_people
-from homeserver import Homeserver, MatrixError, User
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from proxy import Proxy, running_proxy
+from support.bot import Bot, eventually, new_bot
+from support.homeserver import Homeserver, MatrixError, User
+from support.proxy import Proxy, running_proxy
 
 EXAMPLES = int(os.environ.get("ECHOBOT_EXAMPLES", "0"))
 SECRET = "hush-hush"  # in every command, and never in the log

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from bot import eventually
+from support.bot import eventually
 
 PLAYGROUND = Path(__file__).with_name("playground.py")
 

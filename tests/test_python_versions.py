@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bot import ECHOBOT, Bot
 from conftest import People
-from homeserver import User
+from support.bot import ECHOBOT, Bot
+from support.homeserver import User
 
 VERSIONS = [f"3.{minor}" for minor in sorted({*range(10, 15), sys.version_info.minor})]
 REQUIREMENTS = ECHOBOT.with_name("requirements.txt")

@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-import proxy as faults
 import pytest
-from bot import Bot, new_bot
+import support.proxy as faults
 from conftest import People, new_people
-from homeserver import Homeserver, User, running_homeserver
-from proxy import Proxy, running_proxy
+from support.bot import Bot, new_bot
+from support.homeserver import Homeserver, User, running_homeserver
+from support.proxy import Proxy, running_proxy
 
 # Synapse's limits for messages, but 15 times as fast.
 PER_SECOND, BURST = 3, 10

@@ -6,9 +6,9 @@ import ast
 import re
 from pathlib import Path
 
-from bot import ECHOBOT, Bot, fork
 from conftest import People
-from homeserver import User
+from support.bot import ECHOBOT, Bot, fork
+from support.homeserver import User
 
 README = ECHOBOT.with_name("README.md").read_text()
 BEFORE, AFTER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bot import Bot, fork
 from conftest import People
-from homeserver import User
+from support.bot import Bot, fork
+from support.homeserver import User
 
 SLOW = """
 async def reply_to(event: RoomMessageText) -> str | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import proxy as faults
 import pytest
-from bot import Bot, eventually
+import support.proxy as faults
 from conftest import People
-from homeserver import MatrixError, User
-from proxy import Proxy
+from support.bot import Bot, eventually
+from support.homeserver import MatrixError, User
+from support.proxy import Proxy
 
 
 async def last_reply(people: People, user: User, room_id: str, count: int = 1) -> dict[str, Any]:

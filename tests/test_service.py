@@ -15,12 +15,12 @@ from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
 
-import proxy as faults
 import pytest
-from bot import Bot, eventually, fork, new_bot
+import support.proxy as faults
 from conftest import People
-from homeserver import User
-from proxy import Proxy
+from support.bot import Bot, eventually, fork, new_bot
+from support.homeserver import User
+from support.proxy import Proxy
 
 README = Path(__file__).parent.parent / "README.md"
 TIMESTAMP = r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3})Z "

@@ -11,14 +11,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import proxy as faults
 import pytest
+import support.proxy as faults
 from aiohttp import web
-from bot import ECHOBOT, Bot, fork, new_bot
-from certificates import CertificateAuthority
 from conftest import People
-from homeserver import PASSWORD, User, free_port
-from proxy import Fault, Proxy, running_proxy
+from support.bot import ECHOBOT, Bot, fork, new_bot
+from support.certificates import CertificateAuthority
+from support.homeserver import PASSWORD, User, free_port
+from support.proxy import Fault, Proxy, running_proxy
 
 MALFORMED = {
     "MATRIX_USER": ["", "@robot", "robot:example.com", "@:example.com", "@robot:example .com"],

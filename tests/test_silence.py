@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import proxy as faults
 import pytest
+import support.proxy as faults
 from aiohttp import web
-from bot import Bot, eventually, fork
 from conftest import People
-from homeserver import User
-from proxy import ALL, POLL, SEND, Fault, Injection, Proxy
+from support.bot import Bot, eventually, fork
+from support.homeserver import User
+from support.proxy import ALL, POLL, SEND, Fault, Injection, Proxy
 
 
 async def stall(proxy: Proxy, request: web.Request) -> web.StreamResponse:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import proxy as faults
 import pytest
-from bot import Bot, eventually, fork
+import support.proxy as faults
 from conftest import People
-from homeserver import User
-from proxy import Proxy
+from support.bot import Bot, eventually, fork
+from support.homeserver import User
+from support.proxy import Proxy
 
 # Runs in the bot's process before anything else: the wall clock goes wrong by what a file says.
 WRONG_CLOCK = """

@@ -7,9 +7,9 @@ import signal
 import time
 
 import pytest
-from bot import Bot
 from conftest import People
-from homeserver import User
+from support.bot import Bot
+from support.homeserver import User
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -49,7 +49,7 @@ async def test_stop_amid_a_burst_loses_nothing(people: People, alice: User, bot:
 
 async def test_stop_while_the_homeserver_is_away(people: People) -> None:
     """A bot that waits for its homeserver to come up stops at once too."""
-    from bot import new_bot
+    from support.bot import new_bot
 
     async with new_bot("http://127.0.0.1:9", MATRIX_USER=people.bot_id) as bot:
         await bot.start()

@@ -1,6 +1,6 @@
 """A scripted homeserver that costs next to nothing, so that what is measured is the bot.
 
-`python bench_homeserver.py` prints its URL and serves until its stdin ends. Any password logs in;
+`python scripted.py` prints its URL and serves until its stdin ends. Any password logs in;
 each account is in ROOMS rooms. Its own endpoint, `POST /bench`, has one account be sent commands
 and answers once all of them were replied to. Messages are accepted at once, or as slowly as asked.
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from bot import ECHOBOT, Bot, new_bot
-from homeserver import Homeserver, User, running_homeserver
-from proxy import POLL, Proxy, running_proxy
+from support.bot import ECHOBOT, Bot, new_bot
+from support.homeserver import Homeserver, User, running_homeserver
+from support.proxy import POLL, Proxy, running_proxy
 
 HERE = Path(__file__).parent
 ECHO, TUTORIAL, FLOOR = NAMES = ("echobot.py", "tutorial's loop", "floor")
@@ -212,7 +212,7 @@ class Bench:
     def __init__(self, stack: AsyncExitStack, echobot: Path) -> None:
         self.stack = stack
         self.scripts = dict(
-            zip(NAMES, (echobot, HERE / "bench_tutorial.py", HERE / "bench_floor.py"), strict=True)
+            zip(NAMES, (echobot, HERE / "tutorial.py", HERE / "floor.py"), strict=True)
         )
         self.lock = asyncio.Lock()
         self._scripted: Scripted | None = None
@@ -299,7 +299,7 @@ async def scripted_homeserver() -> AsyncIterator[str]:
     """Run the scripted homeserver as a process; yield its URL."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        str(HERE / "bench_homeserver.py"),
+        str(HERE / "scripted.py"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

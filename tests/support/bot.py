@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from homeserver import PASSWORD
+from support.homeserver import PASSWORD
 
-ECHOBOT = Path(__file__).parent.parent / "echobot.py"
+ECHOBOT = Path(__file__).parents[2] / "echobot.py"
 SETTINGS = ("MATRIX_", "STATE_DIRECTORY", "LOG_LEVEL", "NOTIFY_SOCKET", "WATCHDOG_", "JOURNAL_")
 
 
