@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import pytest
-from support.bot import Bot, eventually, new_bot
+from support.bot import Bot, new_bot
 from support.homeserver import Homeserver, User, running_homeserver
+from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
-
-NUMBERS = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
@@ -19,46 +16,6 @@ async def homeserver() -> AsyncIterator[Homeserver]:
     """A homeserver without rate limits."""
     async with running_homeserver() as running:
         yield running
-
-
-@dataclass
-class People:
-    """The bot's account, and users to talk to it, all new on a homeserver."""
-
-    homeserver: Homeserver
-    account: User
-    number: int
-
-    @property
-    def bot_id(self) -> str:
-        """The bot's user ID."""
-        return self.account.user_id
-
-    async def user(self, name: str = "alice") -> User:
-        """Register one more user."""
-        return await self.homeserver.register(f"{name}{self.number}")
-
-    async def room_with_bot(self, user: User, *others: User) -> str:
-        """Create a room that the bot's account and others are in already; return its ID."""
-        room_id = await user.create_room(self.bot_id, *(other.user_id for other in others))
-        for member in (self.account, *others):
-            await member.join(room_id)
-        return room_id
-
-    async def replies(self, user: User, room_id: str, count: int, seconds: float = 90) -> list[str]:
-        """Wait for so many messages of the bot in a room, return the bodies of all there are."""
-
-        async def arrived() -> bool:
-            return len(await user.bodies(room_id, self.bot_id)) >= count
-
-        await eventually(arrived, seconds, f"{count} replies")
-        return await user.bodies(room_id, self.bot_id)
-
-
-async def new_people(homeserver: Homeserver) -> People:
-    """Register the account of a bot that nobody has used yet."""
-    number = next(NUMBERS)
-    return People(homeserver, await homeserver.register(f"bot{number}"), number)
 
 
 @pytest.fixture
@@ -71,6 +28,12 @@ async def people(homeserver: Homeserver) -> People:
 async def alice(people: People) -> User:
     """Somebody who talks to the bot."""
     return await people.user("alice")
+
+
+@pytest.fixture
+async def room(people: People, alice: User) -> Room:
+    """A room of alice that the bot's account is in already."""
+    return await people.room(alice)
 
 
 @pytest.fixture
@@ -92,3 +55,11 @@ async def proxied_bot(people: People, proxy: Proxy) -> AsyncIterator[Bot]:
     """A bot for the account that was never started, behind the proxy."""
     async with new_bot(proxy.url, MATRIX_USER=people.bot_id) as new:
         yield new
+
+
+@pytest.fixture
+async def quick_bot(proxied_bot: Bot, proxy: Proxy, request: pytest.FixtureRequest) -> Bot:
+    """The same with a clock 20 times as fast, or as @pytest.mark.speed says."""
+    mark = request.node.get_closest_marker("speed")
+    proxied_bot.speed = proxy.speed = mark.args[0] if mark else 20
+    return proxied_bot

@@ -11,9 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 import aiohttp
+import yarl
 from aiohttp import web
+
+from support.bot import eventually
 
 Fault = Callable[["Proxy", web.Request], Awaitable[web.StreamResponse]]
 
@@ -47,16 +51,26 @@ class Injection:
         self.happened += 1
         return True
 
-    async def has_happened(self) -> bool:
-        """Tell whether it has hit any request, for those who wait for that."""
-        return self.happened > 0
+    async def happens(self, times: int = 1, seconds: float = 60) -> None:
+        """Wait until it has hit so many requests."""
+
+        async def has_happened() -> bool:
+            return self.happened >= times
+
+        await eventually(has_happened, seconds, f"the fault on {self.pattern!r}")
 
 
 class Proxy:
-    """Listens on a free port of loopback, passes on what no fault hits, and counts."""
+    """Listens on a free port of loopback, passes on what no fault hits, and counts.
 
-    def __init__(self, upstream: str) -> None:
+    `speed`: that of the bot's clock; the homeserver is asked to hold polls so much shorter.
+    `timeline_limit`: how many events a timeline may have, instead of what the bot asks for.
+    """
+
+    def __init__(self, upstream: str, speed: float = 1) -> None:
         self.upstream = upstream
+        self.speed = speed
+        self.timeline_limit: int | None = None
         self.url = ""
         self.requests: list[str] = []
         self.bytes_to_bot = 0
@@ -125,14 +139,12 @@ class Proxy:
         if plain:
             left_out.add("accept-encoding")
         headers = {k: v for k, v in request.headers.items() if k.lower() not in left_out}
-        # To a proxy of HTTP_PROXY a request comes with a whole URL.
-        path = re.sub(r"^http://[^/]*", "", request.raw_path)
         if plain:
             headers["Accept-Encoding"] = "identity"
         try:
             async with self._http.request(
                 request.method,
-                self.upstream + path,
+                yarl.URL(self.upstream + self._path(request.raw_path), encoded=True),
                 data=await request.read(),
                 headers=headers,
                 allow_redirects=False,
@@ -149,6 +161,22 @@ class Proxy:
         except (OSError, aiohttp.ClientError):
             # The homeserver is not there: as without a proxy, the connection just ends.
             return cut(request)
+
+    def _path(self, path: str) -> str:
+        """Return the path and query to ask the homeserver for."""
+        # To a proxy of HTTP_PROXY a request comes with a whole URL.
+        path = re.sub(r"^http://[^/]*", "", path)
+        endpoint, _, query = path.partition("?")
+        if not endpoint.endswith("/sync"):
+            return path
+        asked = dict(parse_qsl(query))
+        if "timeout" in asked:
+            asked["timeout"] = str(max(1, int(int(asked["timeout"]) / self.speed)))
+        if self.timeline_limit:
+            only = json.loads(asked["filter"])
+            only["room"]["timeline"]["limit"] = self.timeline_limit
+            asked["filter"] = json.dumps(only)
+        return f"{endpoint}?{urlencode(asked)}"
 
 
 def cut(request: web.Request) -> web.Response:
@@ -272,10 +300,10 @@ def rewrite(change: Callable[[Any], Any]) -> Fault:
 
 @asynccontextmanager
 async def running_proxy(
-    upstream: str, port: int = 0, tls: ssl.SSLContext | None = None
+    upstream: str, port: int = 0, tls: ssl.SSLContext | None = None, speed: float = 1
 ) -> AsyncIterator[Proxy]:
     """Run a proxy in front of a URL for the length of the block."""
-    proxy = Proxy(upstream)
+    proxy = Proxy(upstream, speed)
     await proxy.start(port, tls)
     try:
         yield proxy
