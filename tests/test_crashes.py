@@ -5,32 +5,32 @@ from __future__ import annotations
 import asyncio
 import random
 
-from conftest import People
+import support.proxy as faults
 from support.bot import Bot, eventually
 from support.homeserver import User
+from support.people import People, Room
+from support.proxy import LOGIN, SEND, Proxy
 
 KILLS = 12
 
 
 async def test_kills_at_random_moments(people: People, alice: User, bot: Bot) -> None:
     """SIGKILLs under bursts in two rooms: all answered once, in order, and no new device."""
-    rooms = [await people.room_with_bot(alice) for _ in range(2)]
+    rooms = [await people.room(alice) for _ in range(2)]
+    sent = [0, 0]
     await bot.run()
     devices = await people.account.devices()
-    sent: dict[str, list[str]] = {room_id: [] for room_id in rooms}
     done = asyncio.Event()
 
-    async def talk(room_id: str, chance: random.Random) -> None:
+    async def talk(number: int) -> None:
+        chance = random.Random(number)
         while not done.is_set():
             for _ in range(chance.choice([1, 1, 30])):
-                body = str(len(sent[room_id]))
-                await alice.send(room_id, f"!replybot {body}")
-                sent[room_id].append(body)
+                await rooms[number].command(sent[number])
+                sent[number] += 1
             await asyncio.sleep(chance.uniform(0, 0.5))
 
-    talkers = [
-        asyncio.create_task(talk(room_id, random.Random(n))) for n, room_id in enumerate(rooms)
-    ]
+    talkers = [asyncio.create_task(talk(number)) for number in range(2)]
     chance = random.Random(7)
     for _ in range(KILLS):
         await asyncio.sleep(chance.uniform(0.3, 1.5))
@@ -38,8 +38,8 @@ async def test_kills_at_random_moments(people: People, alice: User, bot: Bot) ->
         await bot.start()
     done.set()
     await asyncio.gather(*talkers)
-    for room_id in rooms:
-        assert await people.replies(alice, room_id, len(sent[room_id])) == sent[room_id]
+    for room, count in zip(rooms, sent, strict=True):
+        assert await room.replies(count) == [str(n) for n in range(count)]
     assert await people.account.devices() == devices
 
 
@@ -60,18 +60,62 @@ async def test_crash_amid_the_first_login_makes_one_device(people: People, bot: 
     assert len(await people.account.devices() - before) == 1
 
 
-async def test_homeserver_stopped_killed_and_back(people: People, alice: User, bot: Bot) -> None:
+async def test_homeserver_stopped_killed_and_back(people: People, room: Room, bot: Bot) -> None:
     """The bot outlives its homeserver and answers what was sent before and after."""
-    room_id = await people.room_with_bot(alice)
     await bot.run()
-    expected = []
-    for end in (people.homeserver.stop, people.homeserver.kill):
-        for n in range(20):
-            await alice.send(room_id, f"!replybot {end.__name__} {n}")
-            expected.append(f"{end.__name__} {n}")
+    for n, end in enumerate((people.homeserver.stop, people.homeserver.kill)):
+        await room.command(*range(21 * n, 21 * n + 20))
         await end()
         await people.homeserver.start()
-        await alice.send(room_id, "!replybot back")
-        expected.append("back")
-    assert await people.replies(alice, room_id, len(expected)) == expected
+        await room.command(21 * n + 20)
+    assert await room.replies(42) == [str(n) for n in range(42)]
     assert bot.running
+
+
+async def test_crash_between_send_and_answer_does_not_double_the_reply(
+    room: Room, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """Killed while the homeserver's answer to a send is on its way."""
+    await proxied_bot.run()
+    with proxy.inject(faults.done_but_silent, SEND, times=1) as lost:
+        await room.command("first")
+        assert await room.replies(1) == ["first"]
+        await proxied_bot.kill()
+        assert lost.happened == 1
+    await proxied_bot.start()
+    await room.command("second")
+    assert await room.replies(2) == ["first", "second"]
+    assert proxy.count(SEND) == 3
+
+
+async def test_crash_and_logout_between_send_and_answer_do_not_double_the_reply(
+    people: People, room: Room, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """Killed before the answer to a send, logged out while it is down."""
+    await proxied_bot.run()
+    with proxy.inject(faults.done_but_silent, SEND, times=1) as lost:
+        await room.command("first")
+        await room.replies(1)
+        await proxied_bot.kill()
+        assert lost.happened == 1
+    await people.homeserver.revoke(proxied_bot.session["access_token"])
+    await proxied_bot.start()
+    await room.command("second")
+    assert await room.replies(2) == ["first", "second"]
+    assert proxy.count(LOGIN) == 2
+
+
+async def test_crash_between_reply_and_save_does_not_double_the_reply(
+    room: Room, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """Killed after replies, and started from the position before them."""
+    await proxied_bot.run()
+    before = proxied_bot.next_batch
+    await room.command(0, 1, 2)
+    await room.replies(3)
+    await proxied_bot.kill()
+    (proxied_bot.state / "next_batch").write_text(before)
+    await proxied_bot.start()
+    await room.command(3)
+    assert await room.replies(4) == ["0", "1", "2", "3"]
+    assert proxy.count(SEND) == 7

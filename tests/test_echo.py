@@ -2,115 +2,207 @@
 
 from __future__ import annotations
 
-from conftest import People
-from support.bot import Bot, eventually
-from support.homeserver import PASSWORD, User
+import pytest
+from support.bot import Bot
+from support.homeserver import PASSWORD, MatrixError, User
+from support.people import People, Room
 
 
-async def test_command_is_answered_with_its_rest(people: People, alice: User, bot: Bot) -> None:
+async def test_command_is_answered_with_its_rest(room: Room, bot: Bot) -> None:
     """`!replybot hello world` is answered with `hello world`, in a text that mentions nobody."""
-    room_id = await people.room_with_bot(alice)
     await bot.run()
-    await alice.send(room_id, "!replybot hello world")
-    assert await people.replies(alice, room_id, 1) == ["hello world"]
-    reply = (await alice.events(room_id))[-1]
+    await room.say("!replybot hello world")
+    assert await room.replies(1) == ["hello world"]
+    (reply,) = await room.events()
     assert reply["content"] == {"msgtype": "m.text", "body": "hello world", "m.mentions": {}}
 
 
-async def test_login_is_announced_as_in_the_tutorial(people: People, bot: Bot) -> None:
-    """The log has the line of the tutorial, with the device that the homeserver knows."""
+async def test_login_and_position_are_those_of_the_tutorial(
+    people: People, room: Room, bot: Bot
+) -> None:
+    """The log has its line; next_batch is a sync token, which moves on with every message."""
     await bot.run()
     device_id = bot.session["device_id"]
     assert f"Logged in as {people.bot_id}, device id: {device_id}." in bot.log
     assert device_id in await people.account.devices()
+    before = bot.next_batch
+    await room.say("hello")
+    await bot.saves(other_than=before)
+    await people.account.request("GET", "/sync", since=bot.next_batch)
 
 
-async def test_next_batch_holds_the_sync_token(people: People, alice: User, bot: Bot) -> None:
-    """The file is plain text that moves on with every message, as in the tutorial."""
-    room_id = await people.room_with_bot(alice)
-    await bot.run()
-    path = bot.state / "next_batch"
-    before = path.read_text()
-    await alice.send(room_id, "hello")
-
-    async def moved() -> bool:
-        return path.read_text() != before
-
-    await eventually(moved)
-    await people.account.request("GET", "/sync", since=path.read_text())
-
-
-async def test_only_commands_of_others_are_answered(people: People, alice: User, bot: Bot) -> None:
-    """Other texts, notices, emotes, edits, redacted and own messages get no answer."""
-    room_id = await people.room_with_bot(alice)
+async def test_only_commands_of_others_are_answered(people: People, room: Room, bot: Bot) -> None:
+    """Other texts, notices, emotes and own messages get no answer."""
     await bot.run()
     own = await people.homeserver.log_in(people.bot_id, PASSWORD)
-    await own.send(room_id, "!replybot own message")
-    await alice.send(room_id, "hello !replybot")
-    await alice.send(room_id, "!replybot notice", msgtype="m.notice")
-    await alice.send(room_id, "!replybot emote", msgtype="m.emote")
-    event_id = await alice.send(room_id, "!replybot first")
-    assert (await people.replies(alice, room_id, 2))[1:] == ["first"]
-    await alice.send(
-        room_id,
-        "!replybot edited",
-        **{
-            "m.new_content": {"msgtype": "m.text", "body": "!replybot edited"},
-            "m.relates_to": {"rel_type": "m.replace", "event_id": event_id},
-        },
-    )
-    await alice.send(room_id, "!replybot last")
-    assert (await people.replies(alice, room_id, 3))[1:] == ["first", "last"]
+    await own.send(room.room_id, "!replybot own message")
+    await room.say("hello !replybot")
+    await room.say("!replybot notice", msgtype="m.notice")
+    await room.say("!replybot emote", msgtype="m.emote")
+    await room.command("last")
+    assert await room.replies(2) == ["!replybot own message", "last"]
 
 
-async def test_odd_parts_do_not_cost_the_answer(people: People, alice: User, bot: Bot) -> None:
-    """A command is answered whatever else is in its content."""
-    room_id = await people.room_with_bot(alice)
+async def test_edit_gets_no_second_answer(room: Room, bot: Bot) -> None:
+    """An answered command that is edited, even twice, stays answered once, over a restart too."""
     await bot.run()
-    odd: list[dict[str, object]] = [{"formatted_body": None}, {"format": 5}, {"m.relates_to": []}]
-    for n, content in enumerate(odd):
-        await alice.send(room_id, f"!replybot {n}", **content)
-    assert await people.replies(alice, room_id, len(odd)) == ["0", "1", "2"]
+    command = await room.command("fisrt")
+    await room.replies(1)
+    for body in ("!replybot first", "!replybot 1st"):
+        edit = {
+            "m.new_content": {"msgtype": "m.text", "body": body},
+            "m.relates_to": {"rel_type": "m.replace", "event_id": command},
+        }
+        # A body without the usual star does not make it a new command.
+        await room.say(f"* {body}", body, **edit)
+    await bot.stop()
+    await bot.start()
+    await room.command("last")
+    assert await room.replies(2) == ["fisrt", "last"]
 
 
-async def test_redacted_command_is_not_answered(people: People, alice: User, bot: Bot) -> None:
+async def test_redacted_command_is_not_answered(room: Room, bot: Bot) -> None:
     """A command that was redacted while the bot was away gets no answer."""
-    room_id = await people.room_with_bot(alice)
     await bot.run()
     await bot.stop()
-    event_id = await alice.send(room_id, "!replybot regretted")
-    await alice.request("PUT", f"/rooms/{room_id}/redact/{event_id}/1", {})
-    await alice.send(room_id, "!replybot meant")
+    event_id = await room.command("regretted")
+    await room.user.request("PUT", f"/rooms/{room.room_id}/redact/{event_id}/1", {})
+    await room.command("meant")
     await bot.start()
-    assert await people.replies(alice, room_id, 1) == ["meant"]
+    assert await room.replies(1) == ["meant"]
 
 
-async def test_bare_command_gets_a_hint(people: People, alice: User, bot: Bot) -> None:
+async def test_bare_command_gets_a_hint(room: Room, bot: Bot) -> None:
     """`!replybot` alone is answered with one line on how to use it."""
-    room_id = await people.room_with_bot(alice)
     await bot.run()
-    await alice.send(room_id, "!replybot")
-    (hint,) = await people.replies(alice, room_id, 1)
+    await room.say("!replybot")
+    (hint,) = await room.replies(1)
     assert "!replybot" in hint
     assert not hint.startswith("!replybot")
     assert "\n" not in hint
 
 
-async def test_no_reply_is_a_command(people: People, alice: User, bot: Bot) -> None:
+@pytest.mark.parametrize(
+    ("rest", "reply"),
+    [
+        ("  !replybot one\n two !replybot", "one\n two"),
+        (" !reply!replybotbot nested", "nested"),
+        (" !rep!reply!replybotbotlybot twice", "twice"),
+        ("\none\n\n  two\r\nthree\n", "one\n\n  two\r\nthree"),
+    ],
+)
+async def test_no_reply_is_a_command(room: Room, bot: Bot, rest: str, reply: str) -> None:
     """Every `!replybot` is removed, so that two such bots do not talk for ever; lines stay."""
-    room_id = await people.room_with_bot(alice)
     await bot.run()
-    await alice.send(room_id, "!replybot  !replybot one\n two !replybot")
-    assert await people.replies(alice, room_id, 1) == ["one\n two"]
+    await room.say(f"!replybot{rest}")
+    assert await room.replies(1) == [reply]
 
 
-async def test_history_before_the_first_start_is_not_answered(
-    people: People, alice: User, bot: Bot
-) -> None:
+async def test_history_before_the_first_start_is_not_answered(room: Room, bot: Bot) -> None:
     """Commands that were sent before the bot was first started stay without answer."""
-    room_id = await people.room_with_bot(alice)
-    for n in range(15):
-        await alice.send(room_id, f"!replybot old {n}")
+    await room.command(*range(15))
     await bot.run()
-    await alice.send(room_id, "!replybot new")
-    assert await people.replies(alice, room_id, 1) == ["new"]
+    await room.command("new")
+    assert await room.replies(1) == ["new"]
+
+
+async def test_reply_to_a_thread_lands_in_the_thread(room: Room, bot: Bot) -> None:
+    """It refers to the root of the thread, and for clients without threads to the command."""
+    await bot.run()
+    root = await room.say("let us have a thread")
+    thread = {"rel_type": "m.thread", "event_id": root, "is_falling_back": True}
+    relation = {**thread, "m.in_reply_to": {"event_id": root}}
+    command = await room.say("!replybot here", **{"m.relates_to": relation})
+    assert await room.replies(1) == ["here"]
+    (reply,) = await room.events()
+    expected = {**thread, "m.in_reply_to": {"event_id": command}}
+    assert reply["content"]["m.relates_to"] == expected
+    path = f"/_matrix/client/v1/rooms/{room.room_id}/relations/{root}"
+    events = (await room.user.request("GET", path))["chunk"]
+    assert reply["event_id"] in [event["event_id"] for event in events]
+
+
+@pytest.mark.parametrize(
+    "relation",
+    [
+        None,
+        "thread",
+        [],
+        {"rel_type": "m.thread"},
+        {"rel_type": "m.thread", "event_id": None},
+        {"rel_type": ["m.thread"], "event_id": "$root"},
+        {"rel_type": "m.unknown", "event_id": "$other"},
+        {"m.in_reply_to": "someone"},
+        {"m.in_reply_to": {"event_id": "$quoted"}},
+    ],
+    ids=repr,
+)
+async def test_reply_outside_a_thread_relates_to_nothing(
+    room: Room, bot: Bot, relation: object
+) -> None:
+    """A rich reply, and what is no relation at all, is answered with a plain message."""
+    try:
+        await bot.run()
+        await room.say("!replybot hello", **{"m.relates_to": relation})
+    except MatrixError as error:
+        pytest.skip(f"Synapse itself does not let this one through: {error}")
+    assert await room.replies(1) == ["hello"]
+    (reply,) = await room.events()
+    assert reply["content"] == {"msgtype": "m.text", "body": "hello", "m.mentions": {}}
+
+
+async def test_reply_pings_nobody(people: People, alice: User, bot: Bot) -> None:
+    """Neither @room nor a user who is mentioned in a command is mentioned by the reply."""
+    carol = await people.user("carol")
+    room = await people.room(alice, carol)
+    await bot.run()
+    mentions = {"room": True, "user_ids": [carol.user_id]}
+    body = f"@room {carol.user_id}, dinner!"
+    await room.say(f"!replybot {body}", **{"m.mentions": mentions})
+    assert await room.replies(1) == [body]
+    (reply,) = await room.events()
+    assert reply["content"] == {"msgtype": "m.text", "body": body, "m.mentions": {}}
+    notifications = await carol.request("GET", "/notifications", only="highlight")
+    assert people.bot_id not in [n["event"]["sender"] for n in notifications["notifications"]]
+
+
+async def test_upgraded_room_is_followed(people: People, room: Room, bot: Bot) -> None:
+    """Invited into the new room, the bot answers there, also what was asked before it joined."""
+    await bot.run()
+    await room.command("in the old room")
+    await room.replies(1)
+    path = f"/rooms/{room.room_id}/upgrade"
+    upgrade = await room.user.request("POST", path, {"new_version": "11"})
+    new = Room(upgrade["replacement_room"], room.user, room.bot_id)
+    await room.user.invite(new.room_id, people.bot_id)
+    await new.command("in the new room")
+    assert await new.replies(1) == ["in the new room"]
+    assert await room.bodies() == ["in the old room"]
+
+
+ENCRYPTED = {
+    "algorithm": "m.megolm.v1.aes-sha2",
+    "ciphertext": "AwgAEnACgAkLmt6qF84IK",
+    "device_id": "RJYKSTBOIE",
+    "sender_key": "IlRMeOPX2e0MurIyfWEucYBRVOEEUMrOHqn/8mLqMjA",
+    "session_id": "X3lUlvLELLYxeTx4yOVu6UDpasGEVO0Jbu+QFnm0cKQ",
+}
+
+
+async def test_encrypted_room_is_told_once_what_to_do(room: Room, bot: Bot) -> None:
+    """It gets one notice, not one for each message, nor another one after a restart."""
+    await bot.run()
+    await room.user.send_event(room.room_id, "m.room.encrypted", ENCRYPTED)
+    await room.replies(1)
+    (notice,) = await room.events()
+    assert notice["content"]["msgtype"] == "m.notice"
+    assert notice["content"]["m.mentions"] == {}
+    for word in ("encrypted", "encryption", "off", "invite"):
+        assert word in notice["content"]["body"]
+    assert room.room_id in bot.log
+    await room.user.send_event(room.room_id, "m.room.encrypted", ENCRYPTED)
+    await bot.stop()
+    await bot.start()
+    await room.user.send_event(room.room_id, "m.room.encrypted", ENCRYPTED)
+    await room.command("in clear")
+    assert (await room.replies(2))[1:] == ["in clear"]

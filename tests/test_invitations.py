@@ -1,44 +1,37 @@
-"""Invitations are accepted, however long that takes, and old history stays old."""
+"""Invitations are accepted, however long that takes, from whom they may; old history stays old."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import pytest
 import support.proxy as faults
-from conftest import People
-from support.bot import Bot, eventually, fork
+from support.bot import Bot
 from support.homeserver import User
-from support.proxy import Proxy
-
-
-async def joined(people: People, user: User, room_id: str) -> None:
-    """Wait until the bot is in the room."""
-
-    async def is_member() -> bool:
-        return people.bot_id in await user.members(room_id)
-
-    await eventually(is_member, what="the join")
+from support.people import People, Room
+from support.proxy import JOIN, Proxy
 
 
 async def test_invitation_is_accepted(people: People, alice: User, bot: Bot) -> None:
     """The bot joins, and answers what is said from then on."""
     await bot.run()
-    room_id = await alice.create_room(people.bot_id)
-    await joined(people, alice, room_id)
-    await alice.send(room_id, "!replybot hello")
-    assert await people.replies(alice, room_id, 1) == ["hello"]
+    room = await people.invite(alice)
+    await room.bot_is("join")
+    await room.command("hello")
+    assert await room.replies(1) == ["hello"]
 
 
 async def test_invitation_before_the_first_start_is_accepted(
     people: People, alice: User, bot: Bot
 ) -> None:
     """What was pending is accepted; what was said before the first start is not answered."""
-    room_id = await alice.create_room(people.bot_id)
-    await alice.send(room_id, "!replybot before the first start")
+    room = await people.invite(alice)
+    await room.command("before the first start")
     await bot.start()
-    await joined(people, alice, room_id)
-    await alice.send(room_id, "!replybot hello")
-    assert await people.replies(alice, room_id, 1) == ["hello"]
+    await room.bot_is("join")
+    await room.command("hello")
+    assert await room.replies(1) == ["hello"]
 
 
 async def test_history_from_before_the_invitation_is_not_answered(
@@ -47,15 +40,14 @@ async def test_history_from_before_the_invitation_is_not_answered(
     """In a room with a past, only what follows the invitation counts, also over a downtime."""
     await bot.run()
     await bot.stop()
-    room_id = await alice.create_room(preset="public_chat")
-    for n in range(30):
-        await alice.send(room_id, f"!replybot old {n}")
-    await alice.invite(room_id, people.bot_id)
-    await alice.send(room_id, "!replybot invited")
+    room = Room(await alice.create_room(preset="public_chat"), alice, people.bot_id)
+    await room.command(*[f"old {n}" for n in range(30)])
+    await alice.invite(room.room_id, people.bot_id)
+    await room.command("invited")
     await bot.start()
-    await joined(people, alice, room_id)
-    await alice.send(room_id, "!replybot joined")
-    assert await people.replies(alice, room_id, 2) == ["invited", "joined"]
+    await room.bot_is("join")
+    await room.command("joined")
+    assert await room.replies(2) == ["invited", "joined"]
 
 
 async def test_reply_to_is_called_once_for_what_was_said_around_a_join(
@@ -64,78 +56,68 @@ async def test_reply_to_is_called_once_for_what_was_said_around_a_join(
     """The join and the first timeline after it both bring it; that is no second command."""
     await proxied_bot.run()
     until = asyncio.Event()
-    with proxy.inject(faults.hold(until), faults.JOIN) as hanging:
-        room_id = await alice.create_room(people.bot_id)
-        sent = [await alice.send(room_id, f"!replybot {n}") for n in range(5)]
+    with proxy.inject(faults.hold(until), JOIN) as hanging:
+        room = await people.invite(alice)
+        sent = [await room.command(n) for n in range(5)]
+        await hanging.happens()
         until.set()
-        await people.replies(alice, room_id, 5)
-        assert hanging.happened
-    await alice.send(room_id, "!replybot last")
-    assert (await people.replies(alice, room_id, 6))[5:] == ["last"]
+        await room.replies(5)
+    await room.command("last")
+    assert (await room.replies(6))[5:] == ["last"]
     assert [proxied_bot.log.count(f"Answered {event_id}") for event_id in sent] == [1] * 5
 
 
 async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
-    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+    people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """Another room is answered meanwhile; after a kill the bot joins, and all is said once."""
-    room_id = await people.room_with_bot(alice)
     await proxied_bot.run()
-    with proxy.inject(faults.hold(asyncio.Event()), faults.JOIN) as hanging:
-        invited = await alice.create_room(people.bot_id)
-        await alice.send(invited, "!replybot first")
-        for n in range(5):
-            await alice.send(room_id, f"!replybot {n}")
-        assert await people.replies(alice, room_id, 5) == [str(n) for n in range(5)]
+    with proxy.inject(faults.hold(asyncio.Event()), JOIN) as hanging:
+        invited = await people.invite(room.user)
+        await invited.command("first")
+        await room.command(*range(5))
+        assert await room.replies(5) == [str(n) for n in range(5)]
+        await hanging.happens()
         await proxied_bot.kill()
-        assert hanging.happened
     await proxied_bot.start()
-    await joined(people, alice, invited)
-    assert await people.replies(alice, invited, 1) == ["first"]
-    await alice.send(room_id, "!replybot last")
-    assert (await people.replies(alice, room_id, 6))[5:] == ["last"]
+    await invited.bot_is("join")
+    assert await invited.replies(1) == ["first"]
+    await room.command("last")
+    assert (await room.replies(6))[5:] == ["last"]
 
 
 async def test_pending_invitation_is_not_forgotten_by_a_kill_in_the_first_start(
-    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+    people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """Killed while the first join hangs, the bot joins at the next start and lost nothing."""
-    room_id = await people.room_with_bot(alice)
-    invited = await alice.create_room(people.bot_id)
-    with proxy.inject(faults.hold(asyncio.Event()), faults.JOIN) as hanging:
+    invited = await people.invite(room.user)
+    with proxy.inject(faults.hold(asyncio.Event()), JOIN) as hanging:
         await proxied_bot.run()
-
-        async def hangs() -> bool:
-            return hanging.happened > 0
-
-        await eventually(hangs)
+        await hanging.happens()
         await proxied_bot.kill()
-    await alice.send(room_id, "!replybot meanwhile")
+    await room.command("meanwhile")
     await proxied_bot.start()
-    await joined(people, alice, invited)
-    assert await people.replies(alice, room_id, 1) == ["meanwhile"]
+    await invited.bot_is("join")
+    assert await room.replies(1) == ["meanwhile"]
 
 
 async def test_command_sent_while_the_join_hangs_is_answered(
-    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+    people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """What is said between invitation and join counts, though polls for other rooms pass it by."""
-    busy = await people.room_with_bot(alice)
     await proxied_bot.run()
     until = asyncio.Event()
-    with proxy.inject(faults.hold(until), faults.JOIN) as hanging:
-        invited = await alice.create_room(people.bot_id)
-        await alice.send(busy, "!replybot 0")
-        await people.replies(alice, busy, 1)
-        await alice.send(invited, "!replybot early")
-        for n in (1, 2):
-            await alice.send(busy, f"!replybot {n}")
-            await people.replies(alice, busy, n + 1)
-        assert hanging.happened
+    with proxy.inject(faults.hold(until), JOIN) as hanging:
+        invited = await people.invite(room.user)
+        await hanging.happens()
+        await invited.command("early")
+        for n in range(3):
+            await room.command(n)
+            await room.replies(n + 1)
         until.set()
-        await joined(people, alice, invited)
-    await alice.send(invited, "!replybot late")
-    assert await people.replies(alice, invited, 2) == ["early", "late"]
+        await invited.bot_is("join")
+    await invited.command("late")
+    assert await invited.replies(2) == ["early", "late"]
 
 
 async def test_join_is_repeated_after_an_error(
@@ -144,32 +126,68 @@ async def test_join_is_repeated_after_an_error(
     """A 502 and a lost answer do not cost the room."""
     await proxied_bot.run()
     with (
-        proxy.inject(faults.bad_gateway, faults.JOIN, times=1) as refused,
-        proxy.inject(faults.cut_after, faults.JOIN, times=1) as lost,
+        proxy.inject(faults.bad_gateway, JOIN, times=1) as refused,
+        proxy.inject(faults.cut_after, JOIN, times=1) as lost,
     ):
-        room_id = await alice.create_room(people.bot_id)
-        await alice.send(room_id, "!replybot hello")
-        assert await people.replies(alice, room_id, 1) == ["hello"]
+        room = await people.invite(alice)
+        await room.command("hello")
+        assert await room.replies(1) == ["hello"]
         assert refused.happened == lost.happened == 1
 
 
-async def test_overview_that_never_comes_does_not_hold_the_position_back(
+@pytest.mark.parametrize("is_running", [True, False])
+async def test_only_allowed_inviters_are_followed(
+    people: People, alice: User, bot: Bot, is_running: bool
+) -> None:
+    """Who is not in MATRIX_INVITERS is rejected, also if it was pending at the start."""
+    mallory = await people.user("mallory")
+    bot.environment["MATRIX_INVITERS"] = f"@nobody:example.org {alice.user_id}"
+    if is_running:
+        await bot.run()
+    rejected, accepted = [await people.invite(user) for user in (mallory, alice)]
+    if not is_running:
+        await bot.run()
+    await rejected.bot_is("leave")
+    await bot.logs(f"Rejected the invitation of {mallory.user_id} to {rejected.room_id}")
+    await accepted.command("hello")
+    assert await accepted.replies(1) == ["hello"]
+
+
+@pytest.mark.parametrize("patterns", ["@*:echobot.test", "@alice*:* @me:example.org", "*"])
+async def test_pattern_allows_inviters(
+    people: People, alice: User, bot: Bot, patterns: str
+) -> None:
+    """A star in MATRIX_INVITERS stands for anything."""
+    bot.environment["MATRIX_INVITERS"] = patterns
+    await bot.run()
+    room = await people.invite(alice)
+    await room.command("hello")
+    assert await room.replies(1) == ["hello"]
+
+
+async def test_inviter_is_who_invited_not_who_else_is_in_the_room(
     people: People, alice: User, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """If the homeserver fails on a sync without `since` for too long, next_batch moves on."""
-    room_id = await people.room_with_bot(alice)
+    """It counts who sent the invitation itself, also if the homeserver tells of other members."""
+    mallory = await people.user("mallory")
+    proxied_bot.environment["MATRIX_INVITERS"] = alice.user_id
+
+    def tell_of_members(answer: Any) -> Any:
+        for room in answer.get("rooms", {}).get("invite", {}).values():
+            for user_id in (alice.user_id, mallory.user_id):
+                member = {"type": "m.room.member", "content": {"membership": "join"}}
+                event = {**member, "sender": user_id, "state_key": user_id}
+                room["invite_state"]["events"] = [event, *room["invite_state"]["events"], event]
+        return answer
+
     await proxied_bot.run()
-    await proxied_bot.stop()
-    proxied_bot.script = fork(proxied_bot.directory, PATIENCE=2, MAX_BACKOFF=1)
-    path = proxied_bot.state / "next_batch"
-    before = path.read_text()
-    with proxy.inject(faults.internal_error, r"/sync\?(?!.*since=)") as refused:
-        await proxied_bot.start()
-        await alice.send(room_id, "!replybot hello")
-        assert await people.replies(alice, room_id, 1) == ["hello"]
-
-        async def moved() -> bool:
-            return path.read_text() != before
-
-        await eventually(moved)
-        assert refused.happened
+    rooms = {}
+    for user, other in ((alice, mallory), (mallory, alice)):
+        rooms[other.user_id] = Room(await user.create_room(other.user_id), user, people.bot_id)
+        await other.join(rooms[other.user_id].room_id)
+    with proxy.inject(faults.rewrite(tell_of_members), faults.SYNC):
+        for inviter in (mallory, alice):
+            await inviter.invite(rooms[inviter.user_id].room_id, people.bot_id)
+        await rooms[mallory.user_id].bot_is("leave")
+        await rooms[alice.user_id].command("hello")
+        assert await rooms[alice.user_id].replies(1) == ["hello"]

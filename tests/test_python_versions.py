@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import People
 from support.bot import ECHOBOT, Bot
 from support.homeserver import User
+from support.people import People
 
-VERSIONS = [f"3.{minor}" for minor in sorted({*range(10, 15), sys.version_info.minor})]
+VERSIONS = [f"3.{minor}" for minor in sorted({*range(11, 15), sys.version_info.minor})]
 REQUIREMENTS = ECHOBOT.with_name("requirements.txt")
 
 
@@ -78,13 +78,13 @@ async def test_bot_answers_on_python(
         pytest.skip(f"Python {version} is not on this machine")
     bot.python = python
     await bot.run()
-    room_id = await alice.create_room(people.bot_id)
-    await alice.send(room_id, "!replybot one")
-    assert await people.replies(alice, room_id, 1) == ["one"]
+    room = await people.invite(alice)
+    await room.command("one")
+    assert await room.replies(1) == ["one"]
     await bot.kill()
-    await alice.send(room_id, "!replybot two")
+    await room.command("two")
     await bot.start()
-    assert await people.replies(alice, room_id, 2) == ["one", "two"]
+    assert await room.replies(2) == ["one", "two"]
     assert await bot.stop() == 0
     assert "Warning" not in bot.log
     with capsys.disabled():

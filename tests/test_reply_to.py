@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from conftest import People
+import asyncio
+import random
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+from aiohttp import web
 from support.bot import Bot, fork
 from support.homeserver import User
+from support.people import People, Room
 
 SLOW = """
 async def reply_to(event: RoomMessageText) -> str | None:
@@ -29,52 +36,133 @@ async def reply_to(event: RoomMessageText) -> str | None:
     return event.body.upper()
 """
 
-BUGS = ("secret", "number", "usage", "cancel")
-
-HANGING = """
+DICE = r"""
 async def reply_to(event: RoomMessageText) -> str | None:
-    if event.body == "hang":
-        await asyncio.Event().wait()
-    return event.body.upper()
+    import random
+    roll = event.body.removeprefix("!roll ")
+    return None if roll == event.body else f"{roll}: {random.randint(1, 6)}"
+"""
+
+WEATHER = """
+async def reply_to(event: RoomMessageText) -> str | None:
+    import aiohttp
+    if not event.body.startswith("!weather "):
+        return None
+    async with aiohttp.ClientSession() as http:
+        for _ in range(20):
+            async with http.get(SERVICE, params={"place": event.body[9:]}) as response:
+                if response.status == 200:
+                    return await response.text()
+    return "The weather service is down."
+"""
+
+SECRETARY = """
+async def reply_to(event: RoomMessageText) -> str | None:
+    mentions = event.source["content"].get("m.mentions")
+    if not isinstance(mentions, dict) or BOT not in mentions.get("user_ids", []):
+        return None
+    return f"Noted: {event.body}"
 """
 
 
 async def test_slow_reply_to_holds_up_no_other_room(people: People, alice: User, bot: Bot) -> None:
     """While it works on one room's message, another room is answered; order stays in the first."""
-    slow, quick = [await people.room_with_bot(alice) for _ in range(2)]
+    slow, quick = [await people.room(alice) for _ in range(2)]
     bot.script = fork(bot.directory, SLOW)
     await bot.run()
-    await alice.send(slow, "slow")
-    await alice.send(slow, "behind it")
-    for n in range(5):
-        await alice.send(quick, f"quick {n}")
-    assert await people.replies(alice, quick, 5) == [f"QUICK {n}" for n in range(5)]
-    assert await alice.bodies(slow, people.bot_id) == []
-    assert await people.replies(alice, slow, 2) == ["SLOW", "BEHIND IT"]
+    await slow.say("slow", "behind it")
+    await quick.say(*[f"quick {n}" for n in range(5)])
+    assert await quick.replies(5) == [f"QUICK {n}" for n in range(5)]
+    assert await slow.bodies() == []
+    assert await slow.replies(2) == ["SLOW", "BEHIND IT"]
 
 
-async def test_bug_in_reply_to_costs_one_reply(people: People, alice: User, bot: Bot) -> None:
-    """Whatever it raises or returns is logged with the event ID, without the message."""
-    room_id = await people.room_with_bot(alice)
+async def test_bug_in_reply_to_costs_one_reply(room: Room, bot: Bot) -> None:
+    """Whatever it raises or returns is logged with event ID and traceback, without the message."""
     bot.script = fork(bot.directory, BROKEN)
     await bot.run()
-    failed = [await alice.send(room_id, body) for body in BUGS]
-    await alice.send(room_id, "quiet")
-    await alice.send(room_id, "fine")
-    assert await people.replies(alice, room_id, 1) == ["FINE"]
+    failed = [await room.say(body) for body in ("secret", "number", "usage", "cancel")]
+    await room.say("quiet", "fine")
+    assert await room.replies(1) == ["FINE"]
     for event_id in failed:
         assert event_id in bot.log
+    line = 1 + bot.script.read_text().splitlines().index(BROKEN.splitlines()[3])
     assert "ValueError" in bot.log
-    assert "secret" not in bot.log
+    assert f"line {line}, in reply_to" in bot.log
+    assert "secret" not in re.sub(r"File .*\n.*", "", bot.log)
     assert bot.running
 
 
-async def test_reply_to_that_never_ends_is_given_up(people: People, alice: User, bot: Bot) -> None:
-    """After the time that one event may take, its room goes on."""
-    room_id = await people.room_with_bot(alice)
-    bot.script = fork(bot.directory, HANGING, PATIENCE=2)
+async def say_and_kill(bot: Bot, burst: list[tuple[Room, str, dict[str, object]]]) -> None:
+    """Send all messages in one burst, and kill and start the bot three times meanwhile."""
+
+    async def say() -> None:
+        for room, body, content in burst:
+            await room.say(body, **content)
+
+    saying = asyncio.create_task(say())
+    for _ in range(3):
+        await asyncio.sleep(random.uniform(0.2, 1))
+        await bot.kill()
+        await bot.start()
+    await saying
+
+
+async def test_dice_are_rolled_once(room: Room, bot: Bot) -> None:
+    """A bot whose replies are random gives one reply to each command, though it is asked again."""
+    bot.script = fork(bot.directory, DICE)
     await bot.run()
-    event_id = await alice.send(room_id, "hang")
-    await alice.send(room_id, "next")
-    assert await people.replies(alice, room_id, 1) == ["NEXT"]
-    assert event_id in bot.log
+    await say_and_kill(bot, [(room, f"!roll {n}", {}) for n in range(60)])
+    replies = await room.replies(60)
+    assert [reply.partition(":")[0] for reply in replies] == [str(n) for n in range(60)]
+    assert all(re.fullmatch(r"\d+: [1-6]", reply) for reply in replies)
+
+
+@pytest.fixture
+async def weather() -> AsyncIterator[str]:
+    """The URL of a slow service that refuses every third request."""
+    count = 0
+
+    async def handle(request: web.Request) -> web.Response:
+        nonlocal count
+        count += 1
+        await asyncio.sleep(0.05)
+        if count % 3 == 0:
+            return web.Response(status=503)
+        return web.Response(text=f"Rain in {request.query['place']}")
+
+    app = web.Application()
+    app.router.add_get("/", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
+    await runner.cleanup()
+
+
+async def test_slow_service_is_asked_for_each_command(
+    people: People, alice: User, bot: Bot, weather: str
+) -> None:
+    """A bot that asks a slow HTTP service answers each command once and in order, in two rooms."""
+    rooms = [await people.room(alice) for _ in range(2)]
+    bot.script = fork(bot.directory, WEATHER.replace("SERVICE", repr(weather)))
+    await bot.run()
+    await say_and_kill(bot, [(room, f"!weather {n}", {}) for n in range(25) for room in rooms])
+    for room in rooms:
+        assert await room.replies(25) == [f"Rain in {n}" for n in range(25)]
+
+
+async def test_mentions_are_answered_in_their_threads(room: Room, bot: Bot) -> None:
+    """In a room full of threads, a bot that answers when mentioned does so once, in the thread."""
+    bot.script = fork(bot.directory, SECRETARY.replace("BOT", repr(room.bot_id)))
+    await bot.run()
+    roots = [await room.say(f"topic {n}") for n in range(4)]
+    mention = {"m.mentions": {"user_ids": [room.bot_id]}}
+    burst: list[tuple[Room, str, dict[str, object]]] = []
+    for n in range(40):
+        thread = {"m.relates_to": {"rel_type": "m.thread", "event_id": roots[n % 4]}}
+        burst += [(room, f"chat {n}", {**thread}), (room, f"task {n}", {**thread, **mention})]
+    await say_and_kill(bot, burst)
+    assert await room.replies(40) == [f"Noted: task {n}" for n in range(40)]
+    threads = [event["content"]["m.relates_to"]["event_id"] for event in await room.events()]
+    assert threads == [roots[n % 4] for n in range(40)]

@@ -30,6 +30,10 @@ JOIN = r"POST .*/join"
 LOGIN = r"POST .*/login"
 MESSAGES = r"/messages\?"
 
+# What a homeserver says (with 401) of an access token that it does not know.
+REFUSED = {"errcode": "M_UNKNOWN_TOKEN", "error": "Unknown access token"}
+SOFT_LOGOUT = {**REFUSED, "soft_logout": True}
+
 
 @dataclass
 class Injection:
@@ -235,6 +239,12 @@ async def silence(proxy: Proxy, request: web.Request) -> web.StreamResponse:
     """The request is accepted and never answered."""
     await proxy.closing.wait()
     return cut(request)
+
+
+async def done_but_silent(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """The homeserver does what it was asked, but its answer never comes."""
+    await proxy.forward(request)
+    return await silence(proxy, request)
 
 
 def rate_limited(retry_after_ms: int) -> Fault:
