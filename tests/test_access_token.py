@@ -114,12 +114,7 @@ async def test_many_requests_refused_at_once_cost_one_login(
     assert proxy.count(LOGIN) == 2
 
 
-async def not_found(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-    """404 with HTML, as from a reverse proxy that does not know its homeserver yet."""
-    return web.Response(status=404, text="<html>404 page not found</html>")
-
-
-@pytest.mark.parametrize("fault", [faults.not_json, faults.empty_object, not_found])
+@pytest.mark.parametrize("fault", [faults.not_json, faults.empty_object, faults.not_found])
 async def test_login_outlives_answers_that_are_not_of_a_homeserver(
     people: People, room: Room, quick_bot: Bot, proxy: Proxy, fault: Fault
 ) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import support.proxy as faults
+import trustme
 from aiohttp import web
 from support.bot import ECHOBOT, Bot, new_bot
-from support.certificates import CertificateAuthority
 from support.homeserver import PASSWORD, User, free_port
 from support.people import People, Room
 from support.proxy import POLL, SEND, Fault, Proxy, running_proxy
@@ -166,98 +163,73 @@ async def test_name_that_does_not_resolve_is_waited_for() -> None:
         assert await bot.stop() == 0
 
 
+def new_certificate(bot: Bot, directory: Path, *hosts: str) -> ssl.SSLContext:
+    """Return what a server of these hosts needs for TLS; the bot trusts who issued it."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(directory / "ca.pem")
+    bot.environment["SSL_CERT_FILE"] = str(directory / "ca.pem")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert(*hosts).configure_cert(context)
+    return context
+
+
 async def test_certificate_that_does_not_verify_is_waited_for(
-    people: People, tmp_path: Path
+    people: People, bot: Bot, tmp_path: Path
 ) -> None:
     """The cause is told, no request is made; once the server has a good one, the bot logs in."""
-    port = free_port()
-    authority = CertificateAuthority(tmp_path)
-    trusted, untrusted = authority.server("127.0.0.1"), authority.server("echobot.test")
-    async with new_bot(f"https://127.0.0.1:{port}", MATRIX_USER=people.bot_id) as bot:
-        bot.environment["SSL_CERT_FILE"] = str(authority.path)
-        async with running_proxy(people.homeserver.url, port, untrusted) as proxy:
-            await bot.start()
-            await bot.logs("certificate verify failed")
-            assert proxy.requests == []
-        async with running_proxy(people.homeserver.url, port, trusted):
-            await bot.ready()
-            await bot.logs("No more trouble")
+    untrusted = new_certificate(bot, tmp_path, "127.0.0.1")
+    trusted = new_certificate(bot, tmp_path, "127.0.0.1")
+    async with running_proxy(people.homeserver.url, tls=untrusted) as proxy:
+        bot.environment["MATRIX_HOMESERVER"] = proxy.url
+        await bot.start()
+        await bot.logs("certificate verify failed")
+        assert proxy.requests == []
+    port = int(proxy.url.rpartition(":")[2])
+    async with running_proxy(people.homeserver.url, port, trusted):
+        await bot.ready()
+        await bot.logs("No more trouble")
 
 
-@asynccontextmanager
-async def connect_proxy(upstream: Proxy) -> AsyncIterator[tuple[str, list[str]]]:
-    """Run a proxy for HTTPS_PROXY that leads every host to one server; yield URL and requests."""
-    requests: list[str] = []
-    port = int(upstream.url.rpartition(":")[2])
-
-    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError), contextlib.closing(writer):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        request = (await reader.readuntil(b"\r\n\r\n")).decode()
-        requests.append(request.splitlines()[0])
-        from_server, to_server = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        await asyncio.gather(pipe(reader, to_server), pipe(from_server, writer))
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", requests
-    finally:
-        server.close()
-
-
-@dataclass
-class Internet:
-    """What a bot sees that has only its user ID: a TLS server of that name, behind HTTPS_PROXY."""
-
-    server: Proxy
-    bot: Bot
-    connections: list[str]
-
-
-@pytest.fixture
-async def internet(people: People, tmp_path: Path) -> AsyncIterator[Internet]:
-    """A bot that was not told its homeserver, and the server of its user ID's server name."""
-    authority = CertificateAuthority(tmp_path)
-    tls = authority.server("echobot.test")
-    async with (
-        running_proxy(people.homeserver.url, tls=tls) as server,
-        connect_proxy(server) as (proxy_url, connections),
-        new_bot(
-            "",
-            MATRIX_USER=people.bot_id,
-            HTTPS_PROXY=proxy_url,
-            SSL_CERT_FILE=str(authority.path),
-        ) as bot,
-    ):
-        yield Internet(server, bot, connections)
-
-
+# What stands for the internet: the host name of the user IDs is that of a server on this machine.
+RESOLVER = """
+import socket
+def getaddrinfo(host, port, *arguments, real=socket.getaddrinfo, **options):
+    here = host == "echobot.test"
+    return real(*(("127.0.0.1", {port}) if here else (host, port)), *arguments, **options)
+socket.getaddrinfo = getaddrinfo
+"""
 WELL_KNOWN = "GET /.well-known/matrix/client"
 
 
-async def test_homeserver_is_found_from_the_user_id(people: People, internet: Internet) -> None:
+@pytest.fixture
+async def server(people: People, bot: Bot, tmp_path: Path) -> AsyncIterator[Proxy]:
+    """The server of the bot's server name; the bot is not told its homeserver, and finds that."""
+    tls = new_certificate(bot, tmp_path, "echobot.test")
+    bot.environment["MATRIX_HOMESERVER"] = ""
+    async with running_proxy(people.homeserver.url, tls=tls) as server:
+        bot.customize = RESOLVER.format(port=server.url.rpartition(":")[2])
+        yield server
+
+
+async def test_homeserver_is_found_from_the_user_id(
+    people: People, bot: Bot, server: Proxy
+) -> None:
     """The base URL in /.well-known/matrix/client is used, a slash at its end or not."""
     base_url = people.homeserver.url + "/"
     found = faults.answer(200, {"m.homeserver": {"base_url": base_url}})
-    with internet.server.inject(found, WELL_KNOWN) as asked:
-        await internet.bot.run()
-    assert asked.happened
-    assert internet.connections == ["CONNECT echobot.test:443 HTTP/1.1"]
-    assert internet.bot.session["homeserver"] == people.homeserver.url
+    with server.inject(found, WELL_KNOWN) as asked:
+        await bot.run()
+    assert asked.happened == len(server.requests)
+    assert bot.session["homeserver"] == people.homeserver.url
 
 
-async def test_server_name_is_the_homeserver_if_it_publishes_none(internet: Internet) -> None:
+async def test_server_name_is_the_homeserver_if_it_publishes_none(bot: Bot, server: Proxy) -> None:
     """404 for /.well-known/matrix/client means https://SERVER_NAME."""
-    with internet.server.inject(faults.answer(404, {}), WELL_KNOWN) as asked:
-        await internet.bot.run()
+    with server.inject(faults.not_found, WELL_KNOWN) as asked:
+        await bot.run()
     assert asked.happened
-    assert internet.bot.session["homeserver"] == "https://echobot.test"
-    assert set(internet.connections) == {"CONNECT echobot.test:443 HTTP/1.1"}
+    assert server.count(faults.LOGIN) == 1
+    assert bot.session["homeserver"] == "https://echobot.test"
 
 
 @pytest.mark.parametrize(
@@ -265,10 +237,12 @@ async def test_server_name_is_the_homeserver_if_it_publishes_none(internet: Inte
     [{"m.homeserver": None}, {"m.homeserver": {"base_url": "nowhere"}}],
     ids=["null", "no URL"],
 )
-async def test_useless_well_known_is_refused_with_78(internet: Internet, published: object) -> None:
+async def test_useless_well_known_is_refused_with_78(
+    bot: Bot, server: Proxy, published: object
+) -> None:
     """The line says what was asked, and to set MATRIX_HOMESERVER."""
-    with internet.server.inject(faults.answer(200, published), WELL_KNOWN) as asked:
-        status, line = await refusal(internet.bot)
+    with server.inject(faults.answer(200, published), WELL_KNOWN) as asked:
+        status, line = await refusal(bot)
     assert status == 78
     assert "echobot.test" in line
     assert "MATRIX_HOMESERVER" in line
@@ -277,18 +251,18 @@ async def test_useless_well_known_is_refused_with_78(internet: Internet, publish
 
 @pytest.mark.parametrize("fault", [faults.internal_error, faults.cut_before, faults.not_json])
 async def test_last_homeserver_is_used_if_it_can_not_be_found(
-    people: People, internet: Internet, fault: Fault
+    people: People, bot: Bot, server: Proxy, fault: Fault
 ) -> None:
     """What session.json has is good enough while the server that would tell it is in trouble."""
     base_url = {"m.homeserver": {"base_url": people.homeserver.url}}
-    with internet.server.inject(faults.answer(200, base_url), WELL_KNOWN):
-        await internet.bot.run()
-    await internet.bot.stop()
-    with internet.server.inject(fault, WELL_KNOWN) as asked:
-        await internet.bot.start()
-        await internet.bot.ready(times=2)
+    with server.inject(faults.answer(200, base_url), WELL_KNOWN):
+        await bot.run()
+    await bot.stop()
+    with server.inject(fault, WELL_KNOWN) as asked:
+        await bot.start()
+        await bot.ready(times=2)
         assert asked.happened
-    assert internet.bot.session["homeserver"] == people.homeserver.url
+    assert bot.session["homeserver"] == people.homeserver.url
 
 
 async def test_http_proxy_is_used_and_plain_http_warned_about(room: Room, proxy: Proxy) -> None:

@@ -190,16 +190,34 @@ def cut(request: web.Request) -> web.Response:
     return web.Response()
 
 
-async def bad_gateway(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-    """502 with HTML, as from a reverse proxy whose homeserver restarts."""
-    html = "<html><body><h1>502 Bad Gateway</h1></body></html>"
-    return web.Response(status=502, text=html, content_type="text/html")
+def answer(status: int, body: Any, **headers: str) -> Fault:
+    """That status and JSON (or HTML, if it is a text) instead of the homeserver's answer."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        if isinstance(body, str):
+            return web.Response(status=status, text=body, content_type="text/html")
+        return web.json_response(body, status=status, headers=headers)
+
+    return fault
 
 
-async def internal_error(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-    """500 with Matrix's JSON."""
-    error = {"errcode": "M_UNKNOWN", "error": "Internal server error"}
-    return web.json_response(error, status=500)
+def rate_limited(retry_after_ms: int) -> Fault:
+    """429 with `retry_after_ms` in the body."""
+    return answer(429, {"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": retry_after_ms})
+
+
+def rate_limited_by_header(seconds: int) -> Fault:
+    """429 with only a `Retry-After` header."""
+    return answer(429, {"errcode": "M_LIMIT_EXCEEDED"}, **{"Retry-After": str(seconds)})
+
+
+# As from a reverse proxy whose homeserver restarts, or that does not know it yet, from a homeserver
+# in trouble, from a hotel's network, and from nobody knows what.
+bad_gateway = answer(502, "<html><body><h1>502 Bad Gateway</h1></body></html>")
+not_found = answer(404, "<html>404 page not found</html>")
+internal_error = answer(500, {"errcode": "M_UNKNOWN", "error": "Internal server error"})
+not_json = answer(200, "<html>Please log in to the hotel's network</html>")
+empty_object = answer(200, {})
 
 
 async def cut_before(proxy: Proxy, request: web.Request) -> web.StreamResponse:
@@ -225,16 +243,6 @@ async def cut_body(proxy: Proxy, request: web.Request) -> web.StreamResponse:
     return half
 
 
-async def not_json(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-    """200 with something that is not JSON."""
-    return web.Response(text="<html>Please log in to the hotel's network</html>")
-
-
-async def empty_object(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-    """200 with {}."""
-    return web.json_response({})
-
-
 async def silence(proxy: Proxy, request: web.Request) -> web.StreamResponse:
     """The request is accepted and never answered."""
     await proxy.closing.wait()
@@ -245,26 +253,6 @@ async def done_but_silent(proxy: Proxy, request: web.Request) -> web.StreamRespo
     """The homeserver does what it was asked, but its answer never comes."""
     await proxy.forward(request)
     return await silence(proxy, request)
-
-
-def rate_limited(retry_after_ms: int) -> Fault:
-    """429 with `retry_after_ms` in the body."""
-
-    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        error = {"errcode": "M_LIMIT_EXCEEDED", "error": "Too fast"}
-        return web.json_response({**error, "retry_after_ms": retry_after_ms}, status=429)
-
-    return fault
-
-
-def rate_limited_by_header(seconds: int) -> Fault:
-    """429 with only a `Retry-After` header."""
-
-    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        error = {"errcode": "M_LIMIT_EXCEEDED", "error": "Too fast"}
-        return web.json_response(error, status=429, headers={"Retry-After": str(seconds)})
-
-    return fault
 
 
 def delay(seconds: float) -> Fault:
@@ -283,15 +271,6 @@ def hold(until: asyncio.Event) -> Fault:
     async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
         await until.wait()
         return await proxy.forward(request)
-
-    return fault
-
-
-def answer(status: int, body: Any) -> Fault:
-    """That status and JSON instead of the homeserver's answer."""
-
-    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        return web.json_response(body, status=status)
 
     return fault
 
