@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 from support.bot import Bot, eventually, new_bot
 from support.homeserver import PASSWORD, SERVER_NAME, Homeserver, User, running_homeserver
@@ -107,11 +106,11 @@ async def typed_lines() -> AsyncIterator[str]:
 
 
 class Room:
-    """A room with the bot, as seen by somebody in it; what lies before `since` was shown."""
+    """A room with the bot, as seen by somebody in it, and how much of it was shown."""
 
-    def __init__(self, user: User, bot: Bot, room_id: str, since: str) -> None:
-        self.user, self.bot, self.room_id, self.since = user, bot, room_id, since
-        self.log_shown = 0
+    def __init__(self, user: User, bot: Bot, room_id: str) -> None:
+        self.user, self.bot, self.room_id = user, bot, room_id
+        self.shown = self.log_shown = 0
 
     @classmethod
     async def with_bot(cls, homeserver: Homeserver, bot: Bot) -> Room:
@@ -125,53 +124,33 @@ class Room:
             return not bot.running or account.user_id in await user.members(room_id)
 
         await eventually(joined_or_ended, 60, "the bot's join")
-        return cls(user, bot, room_id, (await user.request("GET", "/sync"))["next_batch"])
+        return cls(user, bot, room_id)
 
     async def show_for_ever(self) -> None:
         """Show what is said as it comes."""
         while True:
-            await self.show(wait=1000)
-            # In a burst the homeserver has better things to do.
-            await asyncio.sleep(0.1)
+            await self.show()
+            await asyncio.sleep(0.2)
 
-    async def show(self, wait: int = 0) -> None:
-        """Show what others have said since the last time; wait up to so many ms for something."""
-        sync = await self.user.request("GET", "/sync", since=self.since, timeout=wait)
-        async for event in self.messages(self.since, sync["next_batch"]):
-            # Our own messages, which are on the screen already, have a transaction ID.
-            if "transaction_id" not in event["unsigned"]:
+    async def show(self) -> None:
+        """Show what others have said, and what the bot has complained of, since the last time."""
+        events = await self.user.events(self.room_id)
+        for event in events[self.shown :]:
+            if event["sender"] != self.user.user_id:
                 name = f"{event['sender'][1:].partition(':')[0]}: " if INTERACTIVE else ""
                 write(f"{CLEAR_LINE}{name}{event['content'].get('body')}\n{PROMPT}")
-        self.since = sync["next_batch"]
-        self.show_trouble()
-
-    def show_trouble(self) -> None:
-        """Show what the bot has newly complained of."""
         lines = self.bot.log.splitlines()
         for line in lines[self.log_shown :]:
             if " INFO " not in line:
                 tell(f"{CLEAR_LINE}echobot.py: {line}\n{PROMPT}")
-        self.log_shown = len(lines)
+        self.shown, self.log_shown = len(events), len(lines)
 
     async def is_answered(self) -> bool:
         """Tell whether the bot has saved a position that is past all that we said."""
-        next_batch = (self.bot.state / "next_batch").read_text()
-        said = await self.page(next_batch, limit=1, senders=[self.user.user_id])
-        return not said["chunk"]
-
-    async def messages(self, since: str, to: str) -> AsyncIterator[dict[str, Any]]:
-        """Yield the messages between two positions, oldest first."""
-        while since:
-            page = await self.page(since, to=to)
-            for event in page["chunk"]:
-                yield event
-            since = page.get("end", "")
-
-    async def page(self, since: str, limit: int = 100, to: str = "", **which: object) -> Any:
-        """Return a page of the messages that follow a position."""
-        query = {"from": since, "dir": "f", "limit": limit, **({"to": to} if to else {})}
-        query["filter"] = json.dumps({"types": ["m.room.message"], **which})
-        return await self.user.request("GET", f"/rooms/{self.room_id}/messages", **query)
+        only = json.dumps({"types": ["m.room.message"], "senders": [self.user.user_id]})
+        query = {"from": self.bot.next_batch, "dir": "f", "limit": 1, "filter": only}
+        path = f"/rooms/{self.room_id}/messages"
+        return not (await self.user.request("GET", path, **query))["chunk"]
 
 
 @contextlib.contextmanager

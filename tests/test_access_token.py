@@ -11,7 +11,7 @@ from aiohttp import web
 from support.bot import Bot, eventually, new_bot
 from support.homeserver import PASSWORD, User, running_homeserver
 from support.people import People, Room, new_people
-from support.proxy import LOGIN, POLL, REFUSED, SEND, SOFT_LOGOUT, Fault, Proxy, running_proxy
+from support.proxy import ALL, LOGIN, POLL, REFUSED, SEND, SOFT_LOGOUT, Fault, Proxy, running_proxy
 
 
 @pytest.mark.parametrize("is_running", [True, False])
@@ -86,27 +86,17 @@ def refusal_of(access_token: str, body: object) -> Fault:
     return fault
 
 
-async def test_login_does_not_carry_the_refused_token(
-    room: Room, proxied_bot: Bot, proxy: Proxy
-) -> None:
-    """Homeservers of Conduit's family refuse any request with a token they do not know."""
-    await proxied_bot.run()
-    with proxy.inject(refusal_of(proxied_bot.session["access_token"], REFUSED)) as refused:
-        await room.command("hello")
-        assert await room.replies(1) == ["hello"]
-        assert refused.happened
-    assert proxy.count(LOGIN) == 2
-
-
 @pytest.mark.parametrize("body", [REFUSED, SOFT_LOGOUT])
+# Homeservers of Conduit's family refuse any request with a token they do not know, even a login.
+@pytest.mark.parametrize("pattern", [f"{POLL}|{SEND}", ALL], ids=["polls and sends", "all"])
 async def test_many_requests_refused_at_once_cost_one_login(
-    people: People, alice: User, proxied_bot: Bot, proxy: Proxy, body: object
+    people: People, alice: User, proxied_bot: Bot, proxy: Proxy, pattern: str, body: object
 ) -> None:
     """A refusal that comes after the next login is not taken for one of the new token."""
     rooms = [await people.room(alice) for _ in range(10)]
     await proxied_bot.run()
     refusal = refusal_of(proxied_bot.session["access_token"], body)
-    with proxy.inject(refusal, f"{POLL}|{SEND}") as refused:
+    with proxy.inject(refusal, pattern) as refused:
         await asyncio.gather(*[room.command("hello") for room in rooms])
         for room in rooms:
             assert await room.replies(1) == ["hello"]

@@ -142,22 +142,14 @@ class Homeserver:
     def _write_configuration(self, settings: dict[str, Any]) -> None:
         key = base64.b64encode(secrets.token_bytes(32)).decode().rstrip("=")
         (self.directory / "signing.key").write_text(f"ed25519 a_test {key}\n")
+        listener = {"port": self.port, "bind_addresses": ["127.0.0.1"], "type": "http"}
+        database = {"database": str(self.directory / "homeserver.db")}
         configuration = {
             "server_name": SERVER_NAME,
             "public_baseurl": self.url,
             "pid_file": str(self.directory / "homeserver.pid"),
-            "listeners": [
-                {
-                    "port": self.port,
-                    "bind_addresses": ["127.0.0.1"],
-                    "type": "http",
-                    "resources": [{"names": ["client"], "compress": True}],
-                }
-            ],
-            "database": {
-                "name": "sqlite3",
-                "args": {"database": str(self.directory / "homeserver.db")},
-            },
+            "listeners": [{**listener, "resources": [{"names": ["client"], "compress": True}]}],
+            "database": {"name": "sqlite3", "args": database},
             "signing_key_path": str(self.directory / "signing.key"),
             "media_store_path": str(self.directory / "media"),
             "trusted_key_servers": [],
@@ -172,27 +164,18 @@ class Homeserver:
             "log_config": str(self.directory / "log.yaml"),
             **settings,
         }
+        log = {"version": 1, "root": {"level": "WARNING"}}
         # JSON is YAML.
         (self.directory / "homeserver.yaml").write_text(json.dumps(configuration))
-        (self.directory / "log.yaml").write_text(
-            json.dumps(
-                {
-                    "version": 1,
-                    "handlers": {"log": {"class": "logging.StreamHandler"}},
-                    "root": {"level": "WARNING", "handlers": ["log"]},
-                }
-            )
-        )
+        (self.directory / "log.yaml").write_text(json.dumps(log))
 
     async def start(self) -> None:
         """Start Synapse and return once it answers; raise RuntimeError if it does not come up."""
         self.http = self.http or aiohttp.ClientSession()
+        command = ("-m", "synapse.app.homeserver", "-c", str(self.directory / "homeserver.yaml"))
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "synapse.app.homeserver",
-            "-c",
-            str(self.directory / "homeserver.yaml"),
+            *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
