@@ -25,15 +25,15 @@ async def people(homeserver: Homeserver) -> People:
 
 
 @pytest.fixture
-async def alice(people: People) -> User:
+def alice(people: People) -> User:
     """Somebody who talks to the bot."""
-    return await people.user("alice")
+    return people.alice
 
 
 @pytest.fixture
-async def room(people: People, alice: User) -> Room:
+async def room(people: People) -> Room:
     """A room of alice that the bot's account is in already."""
-    return await people.room(alice)
+    return await people.room()
 
 
 @pytest.fixture

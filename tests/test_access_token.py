@@ -9,7 +9,7 @@ import pytest
 import support.proxy as faults
 from aiohttp import web
 from support.bot import Bot, eventually, new_bot
-from support.homeserver import PASSWORD, User, running_homeserver
+from support.homeserver import PASSWORD, running_homeserver
 from support.people import People, Room, new_people
 from support.proxy import ALL, LOGIN, POLL, REFUSED, SEND, SOFT_LOGOUT, Fault, Proxy, running_proxy
 
@@ -42,7 +42,7 @@ async def test_session_that_expires_is_renewed_on_the_same_device() -> None:
         running_proxy(homeserver.url, speed=20) as proxy,
     ):
         people = await new_people(homeserver)
-        room = await people.room(await people.user())
+        room = await people.room()
         async with new_bot(proxy.url, speed=20, MATRIX_USER=people.bot_id) as bot:
             await bot.run()
             device_id = bot.session["device_id"]
@@ -90,10 +90,10 @@ def refusal_of(access_token: str, body: object) -> Fault:
 # Homeservers of Conduit's family refuse any request with a token they do not know, even a login.
 @pytest.mark.parametrize("pattern", [f"{POLL}|{SEND}", ALL], ids=["polls and sends", "all"])
 async def test_many_requests_refused_at_once_cost_one_login(
-    people: People, alice: User, proxied_bot: Bot, proxy: Proxy, pattern: str, body: object
+    people: People, proxied_bot: Bot, proxy: Proxy, pattern: str, body: object
 ) -> None:
     """A refusal that comes after the next login is not taken for one of the new token."""
-    rooms = [await people.room(alice) for _ in range(10)]
+    rooms = [await people.room() for _ in range(10)]
     await proxied_bot.run()
     refusal = refusal_of(proxied_bot.session["access_token"], body)
     with proxy.inject(refusal, pattern) as refused:
@@ -193,7 +193,7 @@ async def test_twelve_restarts_make_one_login() -> None:
         running_proxy(homeserver.url) as proxy,
     ):
         people = await new_people(homeserver)
-        room = await people.room(await people.user())
+        room = await people.room()
         async with new_bot(proxy.url, MATRIX_USER=people.bot_id) as bot:
             for n in range(12):
                 await bot.start()

@@ -7,16 +7,15 @@ import random
 
 import support.proxy as faults
 from support.bot import Bot, eventually
-from support.homeserver import User
 from support.people import People, Room
 from support.proxy import LOGIN, SEND, Proxy
 
 KILLS = 12
 
 
-async def test_kills_at_random_moments(people: People, alice: User, bot: Bot) -> None:
+async def test_kills_at_random_moments(people: People, bot: Bot) -> None:
     """SIGKILLs under bursts in two rooms: all answered once, in order, and no new device."""
-    rooms = [await people.room(alice) for _ in range(2)]
+    rooms = [await people.room() for _ in range(2)]
     sent = [0, 0]
     await bot.run()
     devices = await people.account.devices()

@@ -13,20 +13,18 @@ from support.people import People, Room
 from support.proxy import JOIN, Proxy
 
 
-async def test_invitation_is_accepted(people: People, alice: User, bot: Bot) -> None:
+async def test_invitation_is_accepted(people: People, bot: Bot) -> None:
     """The bot joins, and answers what is said from then on."""
     await bot.run()
-    room = await people.invite(alice)
+    room = await people.invite()
     await room.bot_is("join")
     await room.command("hello")
     assert await room.replies(1) == ["hello"]
 
 
-async def test_invitation_before_the_first_start_is_accepted(
-    people: People, alice: User, bot: Bot
-) -> None:
+async def test_invitation_before_the_first_start_is_accepted(people: People, bot: Bot) -> None:
     """What was pending is accepted; what was said before the first start is not answered."""
-    room = await people.invite(alice)
+    room = await people.invite()
     await room.command("before the first start")
     await bot.start()
     await room.bot_is("join")
@@ -51,13 +49,13 @@ async def test_history_from_before_the_invitation_is_not_answered(
 
 
 async def test_reply_to_is_called_once_for_what_was_said_around_a_join(
-    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+    people: People, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """The join and the first timeline after it both bring it; that is no second command."""
     await proxied_bot.run()
     until = asyncio.Event()
     with proxy.inject(faults.hold(until), JOIN) as hanging:
-        room = await people.invite(alice)
+        room = await people.invite()
         sent = [await room.command(n) for n in range(5)]
         await hanging.happens()
         until.set()
@@ -73,7 +71,7 @@ async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     """Another room is answered meanwhile; after a kill the bot joins, and all is said once."""
     await proxied_bot.run()
     with proxy.inject(faults.hold(asyncio.Event()), JOIN) as hanging:
-        invited = await people.invite(room.user)
+        invited = await people.invite()
         await invited.command("first")
         await room.command(*range(5))
         assert await room.replies(5) == [str(n) for n in range(5)]
@@ -90,7 +88,7 @@ async def test_pending_invitation_is_not_forgotten_by_a_kill_in_the_first_start(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """Killed while the first join hangs, the bot joins at the next start and lost nothing."""
-    invited = await people.invite(room.user)
+    invited = await people.invite()
     with proxy.inject(faults.hold(asyncio.Event()), JOIN) as hanging:
         await proxied_bot.run()
         await hanging.happens()
@@ -108,7 +106,7 @@ async def test_command_sent_while_the_join_hangs_is_answered(
     await proxied_bot.run()
     until = asyncio.Event()
     with proxy.inject(faults.hold(until), JOIN) as hanging:
-        invited = await people.invite(room.user)
+        invited = await people.invite()
         await hanging.happens()
         await invited.command("early")
         for n in range(3):
@@ -121,7 +119,7 @@ async def test_command_sent_while_the_join_hangs_is_answered(
 
 
 async def test_join_is_repeated_after_an_error(
-    people: People, alice: User, proxied_bot: Bot, proxy: Proxy
+    people: People, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """A 502 and a lost answer do not cost the room."""
     await proxied_bot.run()
@@ -129,7 +127,7 @@ async def test_join_is_repeated_after_an_error(
         proxy.inject(faults.bad_gateway, JOIN, times=1) as refused,
         proxy.inject(faults.cut_after, JOIN, times=1) as lost,
     ):
-        room = await people.invite(alice)
+        room = await people.invite()
         await room.command("hello")
         assert await room.replies(1) == ["hello"]
         assert refused.happened == lost.happened == 1
@@ -154,13 +152,11 @@ async def test_only_allowed_inviters_are_followed(
 
 
 @pytest.mark.parametrize("patterns", ["@*:echobot.test", "@alice*:* @me:example.org", "*"])
-async def test_pattern_allows_inviters(
-    people: People, alice: User, bot: Bot, patterns: str
-) -> None:
+async def test_pattern_allows_inviters(people: People, bot: Bot, patterns: str) -> None:
     """A star in MATRIX_INVITERS stands for anything."""
     bot.environment["MATRIX_INVITERS"] = patterns
     await bot.run()
-    room = await people.invite(alice)
+    room = await people.invite()
     await room.command("hello")
     assert await room.replies(1) == ["hello"]
 

@@ -7,14 +7,13 @@ from contextlib import ExitStack
 import pytest
 import support.proxy as faults
 from support.bot import Bot
-from support.homeserver import User
 from support.people import People, Room
 from support.proxy import EVERY_FAULT, LOGIN, MESSAGES, POLL, REFUSED, SEND, Proxy
 
 
 @pytest.mark.parametrize("name", EVERY_FAULT)
 async def test_any_fault_on_any_request_costs_and_doubles_nothing(
-    people: People, alice: User, quick_bot: Bot, proxy: Proxy, name: str
+    people: People, quick_bot: Bot, proxy: Proxy, name: str
 ) -> None:
     """Once each in a login, a sync, a page of messages and a send: all is answered once."""
     with ExitStack() as stack:
@@ -24,7 +23,7 @@ async def test_any_fault_on_any_request_costs_and_doubles_nothing(
         ]
         await quick_bot.run()
         # A room just joined is read from pages of messages, then from sync answers.
-        room = await people.invite(alice)
+        room = await people.invite()
         await room.command("first")
         await room.replies(1)
         await room.command("second")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import support.proxy as faults
 from support.bot import Bot, fork
-from support.homeserver import SERVER_NAME, User
+from support.homeserver import SERVER_NAME
 from support.people import People, Room
 from support.proxy import POLL, SYNC, Proxy
 
@@ -166,10 +166,10 @@ async def test_failing_sends_are_not_given_up_while_syncs_fail_too(
 
 
 async def test_others_are_answered_promptly_while_rooms_misbehave(
-    people: People, alice: User, quick_bot: Bot, proxy: Proxy
+    people: People, quick_bot: Bot, proxy: Proxy
 ) -> None:
     """While five rooms hang, fail or are muted, 40 commands elsewhere take less than 2 s each."""
-    good, hanging, failing, limited, muted, huge = [await people.room(alice) for _ in range(6)]
+    good, hanging, failing, limited, muted, huge = [await people.room() for _ in range(6)]
     quick_bot.script = fork(quick_bot.directory, HUGE)
     await mute(muted)
     await quick_bot.run()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from support.bot import ECHOBOT, Bot
-from support.homeserver import User
 from support.people import People
 
 REQUIREMENTS = ECHOBOT.with_name("requirements.txt")
@@ -42,7 +41,7 @@ async def run(*command: object) -> None:
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
 async def test_bot_answers_on_python(
-    people: People, alice: User, bot: Bot, tmp_path: Path, version: str
+    people: People, bot: Bot, tmp_path: Path, version: str
 ) -> None:
     """With nothing but requirements.txt it joins, answers, goes on after a kill and stops."""
     python = interpreters().get(version)
@@ -53,7 +52,7 @@ async def test_bot_answers_on_python(
     pip = (sys.executable, "-m", "pip", "--python", bot.python)
     await run(*pip, "install", "--quiet", "--no-compile", "-r", REQUIREMENTS)
     await bot.run()
-    room = await people.invite(alice)
+    room = await people.invite()
     await room.command("one")
     assert await room.replies(1) == ["one"]
     await bot.kill()

@@ -34,8 +34,8 @@ async def people(limited_homeserver: Homeserver) -> People:
 async def test_synapse_limits_cost_no_reply_and_starve_no_room(people: People, bot: Bot) -> None:
     """40 commands in a room, 10 in another: answered in order, as fast as the limit allows."""
     # Who sends is limited too: each of them uses up one burst.
-    senders = [await people.user(f"user{n}-") for n in range(5)]
-    rooms = [await people.room(*senders[:4]), await people.room(senders[4])]
+    senders = [people.alice, *[await people.user(f"user{n}-") for n in range(4)]]
+    rooms = [await people.room(*senders[1:4]), await people.room(user=senders[4])]
     await bot.run()
     started = time.time()
     for n in range(BURST):
@@ -76,7 +76,7 @@ async def test_429_is_waited_out_as_told(
 ) -> None:
     """Told to wait, in the body or only by Retry-After, the bot asks again then and not before."""
     people = await new_people(homeserver)
-    room = await people.room(await people.user())
+    room = await people.room()
     async with (
         running_proxy(homeserver.url) as proxy,
         new_bot(proxy.url, MATRIX_USER=people.bot_id) as bot,

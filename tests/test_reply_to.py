@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 from support.bot import Bot, fork
-from support.homeserver import User
 from support.people import People, Room
 
 SLOW = """
@@ -65,9 +64,9 @@ async def reply_to(event: RoomMessageText) -> str | None:
 """
 
 
-async def test_slow_reply_to_holds_up_no_other_room(people: People, alice: User, bot: Bot) -> None:
+async def test_slow_reply_to_holds_up_no_other_room(people: People, bot: Bot) -> None:
     """While it works on one room's message, another room is answered; order stays in the first."""
-    slow, quick = [await people.room(alice) for _ in range(2)]
+    slow, quick = [await people.room() for _ in range(2)]
     bot.script = fork(bot.directory, SLOW)
     await bot.run()
     await slow.say("slow", "behind it")
@@ -141,10 +140,10 @@ async def weather() -> AsyncIterator[str]:
 
 
 async def test_slow_service_is_asked_for_each_command(
-    people: People, alice: User, bot: Bot, weather: str
+    people: People, bot: Bot, weather: str
 ) -> None:
     """A bot that asks a slow HTTP service answers each command once and in order, in two rooms."""
-    rooms = [await people.room(alice) for _ in range(2)]
+    rooms = [await people.room() for _ in range(2)]
     bot.script = fork(bot.directory, WEATHER.replace("SERVICE", repr(weather)))
     await bot.run()
     await say_and_kill(bot, [(room, f"!weather {n}", {}) for n in range(25) for room in rooms])

@@ -60,10 +60,11 @@ class Room:
 
 @dataclass
 class People:
-    """The bot's account, and users to talk to it, all new on a homeserver."""
+    """The bot's account, alice, and others to talk to it, all new on a homeserver."""
 
     homeserver: Homeserver
     account: User
+    alice: User
     number: int
 
     @property
@@ -71,19 +72,20 @@ class People:
         """The bot's user ID."""
         return self.account.user_id
 
-    async def user(self, name: str = "alice") -> User:
+    async def user(self, name: str) -> User:
         """Register one more user."""
         return await self.homeserver.register(f"{name}{self.number}")
 
-    async def invite(self, user: User, **options: Any) -> Room:
-        """Create a room of a user that the bot is invited to."""
+    async def invite(self, user: User | None = None, **options: Any) -> Room:
+        """Create a room of a user (unless told: alice) that the bot is invited to."""
+        user = user or self.alice
         return Room(await user.create_room(self.bot_id, **options), user, self.bot_id)
 
-    async def room(self, user: User, *others: User, **options: Any) -> Room:
-        """Create a room of a user that the bot's account and others are in already."""
+    async def room(self, *others: User, user: User | None = None, **options: Any) -> Room:
+        """Create a room of a user (unless told: alice) with the bot's account and others in it."""
         room = await self.invite(user, **options)
         for other in others:
-            await user.invite(room.room_id, other.user_id)
+            await room.user.invite(room.room_id, other.user_id)
         for member in (self.account, *others):
             await member.join(room.room_id)
         return room
@@ -92,4 +94,5 @@ class People:
 async def new_people(homeserver: Homeserver) -> People:
     """Register the account of a bot that nobody has used yet."""
     number = next(NUMBERS)
-    return People(homeserver, await homeserver.register(f"bot{number}"), number)
+    account, alice = [await homeserver.register(f"{name}{number}") for name in ("bot", "alice")]
+    return People(homeserver, account, alice, number)

@@ -66,7 +66,7 @@ class Scene:
 
     async def invite(self, _: int) -> None:
         """Invite the bot into one more room."""
-        self.rooms.append(await self.people.invite(self.alice))
+        self.rooms.append(await self.people.invite())
 
     async def say(self, commands: int) -> None:
         """Send so many commands to one of the rooms; the first ones wait for the first start."""
@@ -119,10 +119,9 @@ async def new_scene(
 ) -> AsyncIterator[Scene]:
     """Make a scene with a room of version 11 and one of version 12; its bot was never started."""
     people = await new_people(homeserver)
-    alice = await people.user("alice")
     async with (
         running_proxy(homeserver.url, speed=speed) as proxy,
         new_bot(proxy.url, speed, MATRIX_USER=people.bot_id, **environment) as bot,
     ):
-        rooms = [await people.room(alice, room_version=version) for version in ("11", "12")]
-        yield Scene(people, alice, bot, proxy, random.Random(seed), rooms)
+        rooms = [await people.room(room_version=version) for version in ("11", "12")]
+        yield Scene(people, people.alice, bot, proxy, random.Random(seed), rooms)
