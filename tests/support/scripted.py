@@ -148,6 +148,7 @@ class Scripted:
         self.transactions: dict[tuple[str, ...], str] = {}  # their event IDs
         self.numbers = itertools.count(1)
         self.news = asyncio.Event()
+        self.is_up = True
 
     def room(self, membership: str = "join") -> Room:
         """Create a room in which the bot has a membership."""
@@ -156,6 +157,11 @@ class Scripted:
         if membership != "leave":
             room.set_membership(membership, sender=ALICE if membership == "invite" else BOT)
         return room
+
+    def end_polls(self) -> None:
+        """Answer all polls, and hold none any more."""
+        self.is_up = False
+        self.happened()
 
     def happened(self) -> None:
         """Wake the polls."""
@@ -225,7 +231,7 @@ class Scripted:
         if "since" in query and not any(rooms.values()) and self.manners.holds_polls:
             try:
                 async with asyncio.timeout(int(query.get("timeout", 0)) / 1000):
-                    while not any(rooms.values()):
+                    while self.is_up and not any(rooms.values()):
                         await news.wait()
                         news = self.news
                         rooms = self.rooms_since(since, asked)
@@ -310,7 +316,7 @@ async def field_of(
     server = Scripted(replace(manners, **changes))  # type: ignore[arg-type]
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -319,7 +325,13 @@ async def field_of(
             running_proxy(server.url, speed=speed) as proxy,
             new_bot(proxy.url, speed) as bot,
         ):
-            yield Field(server, proxy, bot)
+            try:
+                yield Field(server, proxy, bot)
+            finally:
+                if bot.running:
+                    await bot.kill()
+                # While the proxy is there, or its last poll would be repeated while this closes.
+                server.end_polls()
+                await asyncio.sleep(0.05)
     finally:
         await runner.cleanup()
-        await asyncio.sleep(0)  # Only then the connections are really closed.

@@ -1,0 +1,194 @@
+"""What is seen in the field of accounts, of homeservers that move, and of old environments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support.proxy as faults
+from support.bot import ECHOBOT, Bot
+from support.people import People
+from support.proxy import LOGIN, POLL, SEND, SYNC, running_proxy
+from support.scripted import field_of
+from test_python_versions import REQUIREMENTS, run
+from test_settings import RESOLVER, WELL_KNOWN, new_certificate
+
+STATES: dict[str, tuple[int, str, dict[str, object]]] = {
+    "M_USER_LOCKED": (401, "This account has been locked", {"soft_logout": True}),
+    "M_RESOURCE_LIMIT_EXCEEDED": (403, "This homeserver is full", {"admin_contact": "mailto:a@b"}),
+    "M_USER_SUSPENDED": (403, "This account is suspended", {}),
+    "M_CONSENT_NOT_GIVEN": (403, "Agree to the terms first", {"consent_uri": "https://x.test"}),
+}
+PLACES = {"login": LOGIN, "sync": SYNC, "poll": POLL, "send": SEND}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("errcode", STATES)
+async def test_account_state_is_waited_for(errcode: str, place: str) -> None:
+    """It is told once with the server's own words; once somebody mended it, nothing is lost."""
+    status, error, more = STATES[errcode]
+    state = faults.answer(status, {"errcode": errcode, "error": error, **more})
+    async with field_of(speed=60) as field:
+        room = field.server.room()
+        if place in ("poll", "send"):
+            await field.bot.run()
+        with field.proxy.inject(state, PLACES[place]) as injected:
+            if place in ("login", "sync"):
+                await field.bot.start()
+            room.command(*range(3))
+            await injected.happens()
+            began = field.now()
+            # Well after the minute in which other refusals become final.
+            while field.now() - began < 200:
+                await injected.happens(injected.happened + 1)
+            assert field.bot.running, field.bot.log
+            assert not room.replies or place == "poll"
+        if place in ("login", "sync"):
+            # What is said before the first position is no news: that is said now.
+            await field.bot.ready()
+            room.command("after")
+            await room.answers("after")
+        else:
+            await room.answers(*range(3))
+        assert f"HTTP {status} {errcode} ({error})" in field.bot.log
+        # One waits for each of the requests that met it, and each tells it once.
+        assert field.bot.log.count(errcode) <= 2
+        assert "Gave up" not in field.bot.log
+
+
+@pytest.mark.parametrize("errcode", STATES)
+async def test_account_state_at_a_later_login_loses_nothing(errcode: str) -> None:
+    """A session that ended, and a login that then meets the state: all since then is answered."""
+    status, error, more = STATES[errcode]
+    state = faults.answer(status, {"errcode": errcode, "error": error, **more})
+    async with field_of(speed=20) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        field.server.devices.clear()
+        room.command(*range(12))
+        with field.proxy.inject(state, LOGIN, times=4) as injected:
+            await field.bot.start()
+            await injected.happens(4)
+        await room.answers(*range(12))
+        assert f"{errcode} ({error})" in field.bot.log
+
+
+@pytest.mark.parametrize("url", ["http://localhost:{port}", "http://127.0.0.1:{port}/", "direct"])
+async def test_another_url_of_the_same_account_keeps_the_position(url: str) -> None:
+    """MATRIX_HOMESERVER changed between two starts: what came meanwhile is answered."""
+    async with field_of() as field:
+        room = field.server.room()
+        await field.bot.run()
+        assert await field.bot.stop() == 0
+        room.command(*range(12))
+        port = field.proxy.url.rpartition(":")[2]
+        new = field.server.url if url == "direct" else url.format(port=port)
+        field.bot.environment["MATRIX_HOMESERVER"] = new
+        await field.bot.start()
+        await room.answers(*range(12))
+        assert "Not using the state" not in field.bot.log
+
+
+@pytest.mark.parametrize("old_answers", [False, True], ids=["old gone", "old is another's"])
+async def test_homeserver_that_moved_is_found_at_the_next_start(
+    tmp_path: Path, old_answers: bool
+) -> None:
+    """Where .well-known names a new URL, that is used from the next start on, nothing lost."""
+    async with field_of() as field:
+        bot, room = field.bot, field.server.room()
+        tls = new_certificate(bot, tmp_path, "echobot.test")
+        bot.environment["MATRIX_HOMESERVER"] = ""
+        async with running_proxy(field.server.url, tls=tls) as site:
+            bot.customize = RESOLVER.format(port=site.url.rpartition(":")[2])
+            async with running_proxy(field.server.url) as old:
+                publish = faults.answer(200, {"m.homeserver": {"base_url": old.url}})
+                with site.inject(publish, WELL_KNOWN) as asked:
+                    await bot.run()
+                    assert asked.happened
+                await bot.kill()
+                room.command(*range(3))
+                if not old_answers:
+                    await old.close()
+                publish = faults.answer(200, {"m.homeserver": {"base_url": field.proxy.url}})
+                with (
+                    site.inject(publish, WELL_KNOWN) as asked,
+                    old.inject(faults.not_found) as asked_of_old,
+                ):
+                    await bot.start()
+                    await room.answers(*range(3))
+                    assert asked.happened
+                    assert not asked_of_old.happened
+        assert bot.session["homeserver"] == field.proxy.url
+
+
+@pytest.mark.parametrize(
+    ("errcode", "error"),
+    [
+        ("M_FORBIDDEN", "Password login has been disabled."),
+        ("M_USER_DEACTIVATED", "This account has been deactivated"),
+        ("M_UNKNOWN", "Bad login type: log in with single sign-on"),
+    ],
+)
+async def test_login_says_why_it_is_refused(errcode: str, error: str) -> None:
+    """Exit status 77, and the last line has the server's own text."""
+    async with field_of() as field:
+        refused = faults.answer(403, {"errcode": errcode, "error": error})
+        with field.proxy.inject(refused, LOGIN) as injected:
+            await field.bot.start()
+            assert await field.bot.wait() == 77
+            assert injected.happened == 1
+        last = field.bot.log.splitlines()[-1]
+        assert last.startswith("echobot: ")
+        assert error in last
+        assert "Traceback" not in field.bot.log
+
+
+@pytest.mark.parametrize("name", ["MATRIX_PASSWORD", "MATRIX_ACCESS_TOKEN", "MATRIX_USER"])
+@pytest.mark.parametrize("odd", [b"p\xe4ss", b"\xff", b"ok\xed\xa0\x80"])
+async def test_setting_that_is_no_utf8_is_refused_with_78(name: str, odd: bytes) -> None:
+    """Told at once, by its name, without a request and without what it holds."""
+    async with field_of() as field:
+        before = "@bot" if name == "MATRIX_USER" else ""
+        after = ":echobot.test" if name == "MATRIX_USER" else ""
+        field.bot.environment[name] = before + odd.decode(errors="surrogateescape") + after
+        await field.bot.start()
+        assert await field.bot.wait() == 78
+        (line,) = field.bot.log.splitlines()
+        assert line.startswith("echobot: ")
+        assert name in line
+        assert field.proxy.requests == []
+
+
+async def test_oldest_aiohttp_that_nio_allows(people: People, bot: Bot, tmp_path: Path) -> None:
+    """On Synapse: with aiohttp 3.10 the bot joins, answers and stops, also through a proxy."""
+    bot.python = tmp_path / "bin" / "python"
+    await run(sys.executable, "-m", "venv", "--without-pip", tmp_path)
+    pip = (sys.executable, "-m", "pip", "--python", bot.python, "install", "--quiet")
+    await run(*pip, "--no-compile", "-r", REQUIREMENTS, "aiohttp==3.10.*")
+    await run(bot.python, "-c", "import aiohttp; assert aiohttp.__version__.startswith('3.10.')")
+    async with running_proxy(people.homeserver.url) as proxy:
+        await bot.run()
+        room = await people.invite()
+        await room.command("one")
+        assert await room.replies(1) == ["one"]
+        assert await bot.stop() == 0
+        bot.environment.update({"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": ""})
+        await bot.start()
+        await room.command("two")
+        assert await room.replies(2) == ["one", "two"]
+        assert proxy.requests
+        assert await bot.stop() == 0
+    assert "Traceback" not in bot.log
+
+
+@pytest.mark.parametrize("options", [["-OO"], ["-O"], ["-OO", "-I"]], ids=" ".join)
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_help_without_docstrings(options: list[str], argument: str) -> None:
+    """The help is there also when Python drops docstrings."""
+    command = [sys.executable, *options, str(ECHOBOT), argument]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "MATRIX_USER" in run.stdout

@@ -1,0 +1,155 @@
+"""Every command is answered once on homeservers with other manners than Synapse's, too."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import support.proxy as faults
+from support.bot import eventually
+from support.proxy import JOIN, SEND
+from support.scripted import FAMILIES, Field, Manners, field_of
+
+families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
+
+
+@families
+async def test_burst(manners: Manners) -> None:
+    """40 commands at once in each of three rooms, more than a timeline holds, come out in order."""
+    async with field_of(manners) as field:
+        rooms = [field.server.room() for _ in range(3)]
+        await field.bot.run()
+        for n in range(40):
+            for room in rooms:
+                room.command(n)
+        for room in rooms:
+            await room.answers(*range(40))
+
+
+@families
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 12, 101, 250])
+async def test_downtime(manners: Manners, count: int) -> None:
+    """So many commands while the bot was down, what fits a timeline or not, come out in order."""
+    async with field_of(manners) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(count))
+        await field.bot.start()
+        await room.answers(*range(count))
+        room.command("after")
+        await room.answers(*range(count), "after")
+
+
+@families
+async def test_kills(manners: Manners) -> None:
+    """Killed after the 3rd, 13th, 14th ... send of 60 to two rooms, it loses and doubles none."""
+    async with field_of(manners) as field:
+        rooms = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        for sends, n in zip((3, 13, 14, 31, 47, 60), range(0, 60, 10), strict=True):
+            for room in rooms:
+                room.command(*range(n, n + 10))
+            await until_count(field, SEND, sends)
+            await field.bot.kill()
+            await field.bot.start()
+        for room in rooms:
+            await room.answers(*range(60))
+
+
+@families
+async def test_answers_lost_on_the_way(manners: Manners) -> None:
+    """Sends that were done but whose answers were lost are repeated, and not doubled."""
+    async with field_of(manners) as field:
+        room = field.server.room()
+        await field.bot.run()
+        with field.proxy.inject(faults.cut_after, SEND, times=5) as cut:
+            room.command(*range(12))
+            await room.answers(*range(12))
+            assert cut.happened == 5
+
+
+@families
+@pytest.mark.parametrize("when", ["running", "down", "killed after the join"])
+async def test_invitation(manners: Manners, when: str) -> None:
+    """Of a room, all since the invitation is answered, and nothing before."""
+    async with field_of(manners) as field:
+        room = field.server.room("leave")
+        await field.bot.run()
+        if when == "down":
+            await field.bot.kill()
+        room.command("old", "older")
+        if when != "killed after the join":
+            room.set_membership("invite", "@alice:echobot.test")
+            room.command(*range(14))
+        else:
+            with field.proxy.inject(faults.done_but_silent, JOIN) as joined:
+                room.set_membership("invite", "@alice:echobot.test")
+                room.command(*range(14))
+                await joined.happens()
+                await field.bot.kill()
+        if when != "running":
+            await field.bot.start()
+        await room.answers(*range(14))
+        room.command("after")
+        await room.answers(*range(14), "after")
+
+
+@families
+@pytest.mark.parametrize("when", ["running", "down", "first start"])
+async def test_room_joined_from_elsewhere(manners: Manners, when: str) -> None:
+    """Where the account is joined by other means, five old commands stay history, one is news."""
+    async with field_of(manners) as field:
+        room = field.server.room("leave")
+        if when != "first start":
+            await field.bot.run()
+        if when == "down":
+            await field.bot.kill()
+        room.command(*range(5))
+        room.set_membership("join")
+        if when == "first start":
+            await field.bot.run()
+        room.command("new")
+        if when == "down":
+            await field.bot.start()
+        await room.answers("new")
+        room.command("newer")
+        await room.answers("new", "newer")
+
+
+async def until_count(field: Field, pattern: str, times: int) -> None:
+    """Wait until the bot has made so many requests that match a pattern."""
+
+    async def made() -> bool:
+        return field.proxy.count(pattern) >= times
+
+    await eventually(made, what=f"{times} requests {pattern}")
+
+
+@pytest.mark.parametrize("rooms_and_commands", [(1, 400), (4, 100)], ids=["1x400", "4x100"])
+@families
+async def test_backlog_shrinks_however_often_the_bot_dies(
+    manners: Manners, rooms_and_commands: tuple[int, int]
+) -> None:
+    """400 commands of a downtime, and no life is long enough for all: what was done stays done."""
+    count, commands = rooms_and_commands
+    async with field_of(manners) as field:
+        rooms = [field.server.room() for _ in range(count)]
+        await field.bot.run()
+        await field.bot.kill()
+        for room in rooms:
+            room.command(*range(commands))
+        with field.proxy.inject(faults.delay(0.02 * count), SEND) as slowed:
+            left = [400]
+            while left[-1] and len(left) < 60:
+                before = slowed.happened
+                await field.bot.start()
+                await until_count(field, SEND, before + 1)
+                await asyncio.sleep(1)  # A life: not a wait for anything.
+                await field.bot.kill()
+                left.append(400 - sum(len(room.replies) for room in rooms))
+            assert left[-1] == 0, f"what was unanswered after each life: {left}"
+            assert len(left) > 4, "one life was to be too short"
+        for room in rooms:
+            await room.answers(*range(commands))
+        assert slowed.happened < 800, "work that was done before a kill was done again"

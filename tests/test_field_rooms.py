@@ -1,0 +1,256 @@
+"""What rooms and their homeservers are seen to do in the field costs no command and no rush."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import support.proxy as faults
+from aiohttp import web
+from support.bot import Bot
+from support.people import Room
+from support.proxy import JOIN, MESSAGES, SEND, SYNC, Fault, Proxy
+from support.scripted import CONDUIT, DENDRITE, Manners, field_of
+
+FORBIDDEN = faults.answer(403, {"errcode": "M_FORBIDDEN", "error": "You are not invited"})
+NOT_FOUND = faults.answer(404, {"errcode": "M_NOT_FOUND", "error": "Unknown room"})
+LEAVE = r"POST .*/leave"
+refusals = pytest.mark.parametrize(
+    "refusal", [FORBIDDEN, NOT_FOUND, faults.bad_gateway], ids=["403", "404", "502"]
+)
+
+
+async def test_room_joined_in_part_is_asked_for(room: Room, proxied_bot: Bot, proxy: Proxy) -> None:
+    """On Synapse: every sync that can bring commands asks for rooms that are joined in part."""
+    await proxied_bot.run()
+    await room.command("hello")
+    assert await room.replies(1) == ["hello"]
+    queries = [
+        parse_qs(urlsplit(request).query) for request in proxy.requests if "/sync?" in request
+    ]
+    filters = [json.loads(query["filter"][0]) for query in queries]
+    assert filters
+    assert all(only["room"]["state"].get("lazy_load_members") is True for only in filters)
+
+
+@refusals
+async def test_join_refused_for_a_moment(refusal: Fault) -> None:
+    """Refused three times after the invitation, the join is made within seconds."""
+    async with field_of() as field:
+        await field.bot.run()
+        with field.proxy.inject(refusal, JOIN, times=3) as refused:
+            room = field.server.room("invite")
+            room.command("hello")
+            await room.answers("hello", seconds=15)
+            assert refused.happened == 3
+
+
+@pytest.mark.parametrize("repeats", [False, True], ids=["told once", "told in every sync"])
+@refusals
+async def test_join_refused_for_good_is_given_up_quietly(refusal: Fault, repeats: bool) -> None:
+    """Tried for a minute (ten if it is no refusal), seldom, told once; the rest goes on."""
+    async with field_of(speed=60, repeats_invitations=repeats) as field:
+        good = field.server.room()
+        await field.bot.run()
+        with field.proxy.inject(refusal, JOIN) as refused:
+            bad = field.server.room("invite")
+            began = field.now()
+            await field.bot.logs(f"Gave up on joining {bad.room_id}", seconds=20)
+            patience = 600 if refusal is faults.bad_gateway else 50
+            assert patience - 60 < field.now() - began < patience + 300
+            await asyncio.sleep(4)  # Four more minutes in which it might rush.
+            assert refused.happened < 40
+            assert field.proxy.count(SYNC) <= 2 * (field.now() - began) + 5
+        good.command("hello")
+        await good.answers("hello")
+        assert len([line for line in field.bot.log.splitlines() if bad.room_id in line]) <= 3
+
+
+async def test_rejection_refused_for_good_is_given_up_quietly() -> None:
+    """An unwelcome invitation that is in every sync and can't be rejected makes no rush."""
+    async with field_of(speed=60, repeats_invitations=True) as field:
+        field.bot.environment["MATRIX_INVITERS"] = "@owner:echobot.test"
+        good = field.server.room()
+        await field.bot.run()
+        with field.proxy.inject(FORBIDDEN, LEAVE) as refused:
+            bad = field.server.room("invite")
+            began = field.now()
+            await refused.happens()
+            await asyncio.sleep(5)  # Five minutes in which it might rush.
+            assert refused.happened < 40
+            assert field.proxy.count(SYNC) <= 2 * (field.now() - began) + 5
+        good.command("hello")
+        await good.answers("hello")
+        assert len([line for line in field.bot.log.splitlines() if bad.room_id in line]) <= 3
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@refusals
+async def test_read_refused_for_a_moment(refusal: Fault, times: int) -> None:
+    """What was said since the invitation is answered although the first reads are refused."""
+    async with field_of(DENDRITE) as field:
+        await field.bot.run()
+        with field.proxy.inject(refusal, MESSAGES, times=times) as refused:
+            room = field.server.room("invite")
+            room.command(*range(14))
+            await room.answers(*range(14))
+            assert refused.happened == times
+
+
+@pytest.mark.parametrize("count", [11, 12, 21])
+@pytest.mark.parametrize("page_limit", [1, 3, 100])
+async def test_page_that_stops_early(count: int, page_limit: int) -> None:
+    """Where pages stop before `to`, the newest event is taken from the timeline, each one once."""
+    async with field_of(CONDUIT, page_limit=page_limit) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(count))
+        await field.bot.start()
+        await room.answers(*range(count))
+        assert field.proxy.count(MESSAGES)
+
+
+@pytest.mark.parametrize("end", [True, False], ids=["end", "no end"])
+@pytest.mark.parametrize("start", [True, False], ids=["start", "no start"])
+async def test_page_without_start_or_end(start: bool, end: bool) -> None:
+    """Pages are read whether they tell their start and the last one an end or not."""
+    async with field_of(
+        DENDRITE, page_limit=5, start_in_pages=start, end_in_last_page=end
+    ) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(12))
+        await field.bot.start()
+        await room.answers(*range(12))
+        assert field.proxy.count(MESSAGES) >= 3
+
+
+def bounce(page: dict[str, object]) -> dict[str, object]:
+    """Change an empty page so that its end alternates between two positions."""
+    return page if page["chunk"] else {**page, "end": {"s3": "s2"}.get(str(page["start"]), "s3")}
+
+
+def same(page: dict[str, object]) -> dict[str, object]:
+    """Change an empty page so that it ends where it started."""
+    return page if page["chunk"] else {**page, "end": page["start"]}
+
+
+@pytest.mark.parametrize("change", [dict, bounce, same])
+async def test_pages_without_end(change: Callable[[dict[str, object]], dict[str, object]]) -> None:
+    """A gap whose pages never end is no rush, and ends; other rooms go on at once."""
+    async with field_of(DENDRITE, speed=60, pages_without_end=change is dict) as field:
+        endless, other = field.server.room(), field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        position = field.bot.next_batch
+        endless.command(*range(12))
+        with field.proxy.inject(faults.rewrite(change), MESSAGES) as changed:
+            await field.bot.start()
+            await changed.happens()
+            began = field.now()
+            other.command("hello")
+            await other.answers("hello")
+            await field.bot.saves(position, seconds=20)
+            assert changed.happened < 2 * (field.now() - began) + 20
+            await endless.answers(*range(12))
+        endless.command("after")
+        await endless.answers(*range(12), "after")
+
+
+@pytest.mark.parametrize("request_limited", [SEND, JOIN], ids=["sends", "joins"])
+async def test_room_limited_for_ever_holds_up_no_other(request_limited: str) -> None:
+    """While one room gets 429 each time, four others that met one 429 go on within seconds."""
+    async with field_of() as field:
+        await field.bot.run()
+        membership = "join" if request_limited == SEND else "invite"
+        rooms = [field.server.room(membership) for _ in range(5)]
+        if request_limited == SEND:
+            await field.bot.saves()
+        limit = faults.rate_limited(1000)
+        with (
+            field.proxy.inject(limit, request_limited_to(rooms[0].room_id, request_limited)) as one,
+            field.proxy.inject(limit, request_limited, times=4) as others,
+        ):
+            for room in rooms:
+                room.command("hello")
+            for room in rooms[1:]:
+                await room.answers("hello", seconds=10)
+            await one.happens(times=2)
+            assert others.happened == 4
+            assert not rooms[0].replies
+        await rooms[0].answers("hello")
+        assert "WARNING" not in field.bot.log
+
+
+def request_limited_to(room_id: str, pattern: str) -> str:
+    """Return the pattern of the requests of a kind that are about a room."""
+    return f"(?=.*{re.escape(room_id[1:].partition(':')[0])}[^0-9])" + pattern
+
+
+@pytest.mark.parametrize("manners", [DENDRITE, CONDUIT], ids=["dendrite", "conduit"])
+async def test_transaction_id_behind_a_proxy_that_decodes_paths(manners: Manners) -> None:
+    """Event IDs of room version 3, with / and +, lose no reply where %2F is taken for a /."""
+    async with field_of(manners, decodes_paths=True, room_version_3=True) as field:
+        room = field.server.room()
+        await field.bot.run()
+        event_ids = [room.command(n) for n in range(20)]
+        await room.answers(*range(20))
+        assert any("/" in event_id for event_id in event_ids)
+
+
+@pytest.mark.parametrize("where", [SYNC, MESSAGES], ids=["sync", "messages"])
+@pytest.mark.parametrize("odd", [b"\xff\xfe", b"\xe4", b"\xed\xa0\x80", b"\xf0\x9f\x98"])
+async def test_bytes_that_are_no_utf8(odd: bytes, where: str) -> None:
+    """One event with bytes that are no UTF-8 costs at most itself."""
+
+    async def spoil(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        answer = await proxy.forward(request, plain=True)
+        assert isinstance(answer.body, bytes)
+        spoilt.append(b"SPOILT" in answer.body)
+        answer.body = answer.body.replace(b"SPOILT", odd)
+        return answer
+
+    spoilt: list[bool] = []
+    async with field_of(DENDRITE) as field:
+        room = field.server.room()
+        with field.proxy.inject(spoil, where):
+            await field.bot.run()
+            if where == MESSAGES:
+                await field.bot.kill()
+            room.command("one")
+            room.say("SPOILT")
+            room.command(*range(14 if where == MESSAGES else 2))
+            if where == MESSAGES:
+                await field.bot.start()
+            await room.answers("one", *range(14 if where == MESSAGES else 2))
+            assert any(spoilt)
+
+
+async def test_polls_that_return_at_once() -> None:
+    """Where polls return at once with nothing new, the bot makes at most two a second."""
+    async with field_of(holds_polls=False) as field:
+        room = field.server.room()
+        await field.bot.run()
+        before, began = field.proxy.count(SYNC), field.now()
+        await asyncio.sleep(5)  # The time in which it might rush.
+        assert field.proxy.count(SYNC) - before <= 2 * (field.now() - began) + 2
+        room.command("hello")
+        await room.answers("hello", seconds=5)
+
+
+async def test_busy_stream_is_not_slowed() -> None:
+    """40 commands, each said when the one before was answered, take less than four seconds."""
+    async with field_of() as field:
+        room = field.server.room()
+        await field.bot.run()
+        began = field.now()
+        for n in range(40):
+            room.command(n)
+            await room.answers(*range(n + 1))
+        assert field.now() - began < 4
