@@ -60,32 +60,33 @@ async def test_join_refused_for_good_is_given_up_quietly(refusal: Fault, repeats
             bad = field.server.room("invite")
             began = field.now()
             await field.bot.logs(f"Gave up on joining {bad.room_id}", seconds=20)
-            patience = 600 if refusal is faults.bad_gateway else 50
-            assert patience - 60 < field.now() - began < patience + 300
+            earliest, latest = (540, 900) if refusal is faults.bad_gateway else (45, 240)
+            assert earliest < field.now() - began < latest
             await asyncio.sleep(4)  # Four more minutes in which it might rush.
-            assert refused.happened < 40
-            assert field.proxy.count(SYNC) <= 2 * (field.now() - began) + 5
+            assert 3 < refused.happened < 40
         good.command("hello")
         await good.answers("hello")
         assert len([line for line in field.bot.log.splitlines() if bad.room_id in line]) <= 3
 
 
-async def test_rejection_refused_for_good_is_given_up_quietly() -> None:
-    """An unwelcome invitation that is in every sync and can't be rejected makes no rush."""
-    async with field_of(speed=60, repeats_invitations=True) as field:
-        field.bot.environment["MATRIX_INVITERS"] = "@owner:echobot.test"
+@pytest.mark.parametrize("inviters", ["*", "@owner:echobot.test"], ids=["accepted", "rejected"])
+@refusals
+async def test_invitation_in_every_sync_makes_no_rush(refusal: Fault, inviters: str) -> None:
+    """One that can be neither accepted nor rejected is tried now and then, and told once."""
+    async with field_of(repeats_invitations=True) as field:
+        field.bot.environment["MATRIX_INVITERS"] = inviters
         good = field.server.room()
         await field.bot.run()
-        with field.proxy.inject(FORBIDDEN, LEAVE) as refused:
+        with field.proxy.inject(refusal, JOIN if inviters == "*" else LEAVE) as refused:
             bad = field.server.room("invite")
-            began = field.now()
             await refused.happens()
-            await asyncio.sleep(5)  # Five minutes in which it might rush.
-            assert refused.happened < 40
-            assert field.proxy.count(SYNC) <= 2 * (field.now() - began) + 5
-        good.command("hello")
-        await good.answers("hello")
-        assert len([line for line in field.bot.log.splitlines() if bad.room_id in line]) <= 3
+            before, began = field.proxy.count(SYNC), field.now()
+            await asyncio.sleep(5)  # The time in which it might rush.
+            assert field.proxy.count(SYNC) - before <= 2 * (field.now() - began) + 2
+            assert refused.happened < 10
+            good.command("hello")
+            await good.answers("hello", seconds=5)
+        assert len([line for line in field.bot.log.splitlines() if bad.room_id in line]) == 1
 
 
 @pytest.mark.parametrize("times", [1, 3])
@@ -131,9 +132,9 @@ async def test_page_without_start_or_end(start: bool, end: bool) -> None:
         assert field.proxy.count(MESSAGES) >= 3
 
 
-def bounce(page: dict[str, object]) -> dict[str, object]:
-    """Change an empty page so that its end alternates between two positions."""
-    return page if page["chunk"] else {**page, "end": {"s3": "s2"}.get(str(page["start"]), "s3")}
+def back(page: dict[str, object]) -> dict[str, object]:
+    """Change an empty page so that it ends where the gap began."""
+    return page if page["chunk"] else {**page, "end": "s2"}
 
 
 def same(page: dict[str, object]) -> dict[str, object]:
@@ -141,7 +142,7 @@ def same(page: dict[str, object]) -> dict[str, object]:
     return page if page["chunk"] else {**page, "end": page["start"]}
 
 
-@pytest.mark.parametrize("change", [dict, bounce, same])
+@pytest.mark.parametrize("change", [dict, back, same])
 async def test_pages_without_end(change: Callable[[dict[str, object]], dict[str, object]]) -> None:
     """A gap whose pages never end is no rush, and ends; other rooms go on at once."""
     async with field_of(DENDRITE, speed=60, pages_without_end=change is dict) as field:
@@ -153,11 +154,10 @@ async def test_pages_without_end(change: Callable[[dict[str, object]], dict[str,
         with field.proxy.inject(faults.rewrite(change), MESSAGES) as changed:
             await field.bot.start()
             await changed.happens()
-            began = field.now()
             other.command("hello")
             await other.answers("hello")
             await field.bot.saves(position, seconds=20)
-            assert changed.happened < 2 * (field.now() - began) + 20
+            assert changed.happened < 100
             await endless.answers(*range(12))
         endless.command("after")
         await endless.answers(*range(12), "after")
