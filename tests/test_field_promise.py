@@ -58,18 +58,6 @@ async def test_kills(manners: Manners) -> None:
 
 
 @families
-async def test_answers_lost_on_the_way(manners: Manners) -> None:
-    """Sends that were done but whose answers were lost are repeated, and not doubled."""
-    async with field_of(manners) as field:
-        room = field.server.room()
-        await field.bot.run()
-        with field.proxy.inject(faults.cut_after, SEND, times=5) as cut:
-            room.command(*range(12))
-            await room.answers(*range(12))
-            assert cut.happened == 5
-
-
-@families
 @pytest.mark.parametrize("when", ["running", "down", "killed after the join"])
 async def test_invitation(manners: Manners, when: str) -> None:
     """Of a room, all since the invitation is answered, and nothing before."""
