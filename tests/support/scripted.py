@@ -15,7 +15,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
@@ -23,6 +23,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from support.bot import Bot, eventually, new_bot
+from support.homeserver import MatrixError
 from support.proxy import Proxy, running_proxy
 
 BOT = "@bot:echobot.test"
@@ -60,10 +61,6 @@ CONDUIT = Manners(
     start_in_pages=False,
 )
 FAMILIES = {"synapse": SYNAPSE, "dendrite": DENDRITE, "conduit": CONDUIT}
-
-
-class Refusal(Exception):
-    """What the homeserver says no to, as HTTP status and errcode."""
 
 
 @dataclass
@@ -158,11 +155,6 @@ class Scripted:
             room.set_membership(membership, sender=ALICE if membership == "invite" else BOT)
         return room
 
-    def end_polls(self) -> None:
-        """Answer all polls, and hold none any more."""
-        self.is_up = False
-        self.happened()
-
     def happened(self) -> None:
         """Wake the polls."""
         self.news.set()
@@ -174,19 +166,19 @@ class Scripted:
         path = unquote(path) if self.manners.decodes_paths else path
         try:
             answer = await self.answer(request, [unquote(part) for part in path.split("/")])
-        except Refusal as refusal:
-            status, errcode = refusal.args
-            return web.json_response({"errcode": errcode, "error": "Refused"}, status=status)
+        except MatrixError as refusal:
+            error = {"errcode": refusal.errcode, "error": "Refused"}
+            return web.json_response(error, status=refusal.status)
         return web.json_response(answer)
 
     async def answer(self, request: web.Request, path: list[str]) -> JSON:
-        """Return the answer to a request; raise Refusal."""
+        """Return the answer to a request; raise MatrixError."""
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if request.method == "POST" and path == ["login"]:
-            return self.log_in(await request.json())
-        if token not in self.devices:
-            raise Refusal(401, "M_UNKNOWN_TOKEN")
+        if token not in self.devices and path != ["login"]:
+            raise MatrixError(401, {"errcode": "M_UNKNOWN_TOKEN"})
         match request.method, path:
+            case "POST", ["login"]:
+                return self.log_in(await request.json())
             case "GET", ["account", "whoami"]:
                 return {"user_id": BOT, "device_id": self.devices[token]}
             case "GET", ["sync"]:
@@ -206,12 +198,12 @@ class Scripted:
                     room = self.find(room_id, "join")
                     self.transactions[key] = room.add(kind, BOT, await request.json())
                 return {"event_id": self.transactions[key]}
-        raise Refusal(404, "M_UNRECOGNIZED")
+        raise MatrixError(404, {"errcode": "M_UNRECOGNIZED"})
 
     def find(self, room_id: str, *memberships: str) -> Room:
-        """Return a room that the bot has one of these memberships of; raise Refusal."""
+        """Return a room that the bot has one of these memberships of; raise MatrixError."""
         if room_id not in self.rooms or self.rooms[room_id].membership not in memberships:
-            raise Refusal(403, "M_FORBIDDEN")
+            raise MatrixError(403, {"errcode": "M_FORBIDDEN"})
         return self.rooms[room_id]
 
     def log_in(self, body: JSON) -> JSON:
@@ -226,18 +218,12 @@ class Scripted:
         """Return what is new, as soon as there is something or the poll has been held enough."""
         since = parse(query.get("since", "s0"))
         asked = json.loads(query.get("filter", "{}")).get("room", {}).get("timeline", {})
-        news = self.news
-        rooms = self.rooms_since(since, asked)
-        if "since" in query and not any(rooms.values()) and self.manners.holds_polls:
-            try:
-                async with asyncio.timeout(int(query.get("timeout", 0)) / 1000):
-                    while self.is_up and not any(rooms.values()):
-                        await news.wait()
-                        news = self.news
-                        rooms = self.rooms_since(since, asked)
-            except TimeoutError:
-                pass
-        return {"next_batch": f"s{self.position}", "rooms": rooms}
+        is_held = "since" in query and self.manners.holds_polls
+        with suppress(TimeoutError):
+            async with asyncio.timeout(is_held * int(query.get("timeout", 0)) / 1000):
+                while self.is_up and not any(self.rooms_since(since, asked).values()):
+                    await self.news.wait()
+        return {"next_batch": f"s{self.position}", "rooms": self.rooms_since(since, asked)}
 
     def rooms_since(self, since: int, asked: JSON) -> JSON:
         """Return the part `rooms` of a sync response."""
@@ -259,7 +245,7 @@ class Scripted:
     def page(self, room: Room, query: Any) -> JSON:
         """Return a page of /messages, read forward."""
         if query.get("dir") != "f":
-            raise Refusal(400, "M_INVALID_PARAM")
+            raise MatrixError(400, {"errcode": "M_INVALID_PARAM"})
         start = parse(query["from"])
         to = parse(query["to"]) - self.manners.stops_before_to if "to" in query else self.position
         events = select(room, start, json.loads(query.get("filter", "{}")), to)
@@ -277,10 +263,10 @@ class Scripted:
 
 
 def parse(position: str) -> int:
-    """Return the number in a position; raise Refusal."""
+    """Return the number in a position; raise MatrixError."""
     match = re.match(r"s(\d+)", position)
     if not match:
-        raise Refusal(400, "M_INVALID_PARAM")
+        raise MatrixError(400, {"errcode": "M_INVALID_PARAM"})
     return int(match[1])
 
 
@@ -331,7 +317,8 @@ async def field_of(
                 if bot.running:
                     await bot.kill()
                 # While the proxy is there, or its last poll would be repeated while this closes.
-                server.end_polls()
+                server.is_up = False
+                server.happened()
                 await asyncio.sleep(0.05)
     finally:
         await runner.cleanup()
