@@ -1,27 +1,18 @@
 #!/usr/bin/env python3
-"""A Matrix bot that answers every command once: none lost, none doubled.
+"""A Matrix bot that answers every command once: none is lost, none is answered twice.
 
 It answers each message that starts with `!replybot` with the rest of that message, through bursts,
 downtime, SIGKILL, homeserver restarts, rate limits and broken networks. To make a bot of your own,
-rewrite one function: `reply_to`.
+rewrite one function: `reply_to`. Four rules keep the promise:
 
-    export MATRIX_USER=@bot:example.org MATRIX_PASSWORD=...
-    python echobot.py
-
-Environment (an empty variable counts as missing):
-    MATRIX_USER          required: user ID, or its localpart if MATRIX_HOMESERVER is given
-    MATRIX_PASSWORD      this or the next is required
-    MATRIX_ACCESS_TOKEN  used instead of the password if both are given; never written to disk
-    MATRIX_HOMESERVER    base URL; default: found from the server name of the user ID
-    MATRIX_INVITERS      whose invitations are accepted, others are rejected: user ID patterns,
-                         separated by spaces (@me:example.org @*:example.com); default: *
-    STATE_DIRECTORY      where next_batch and session.json are kept; default: working directory
-    LOG_LEVEL            DEBUG, INFO, WARNING or ERROR; default: INFO
-    HTTPS_PROXY, HTTP_PROXY and NO_PROXY are honoured, and so are systemd's NOTIFY_SOCKET,
-    WATCHDOG_USEC and JOURNAL_STREAM.
-
-Exit status: 0 stopped by SIGTERM or SIGINT, 1 a bug, 2 usage, 75 another copy is running on this
-state directory, 77 credentials refused, 78 configuration wrong.
+1. Reply, then save. The `next_batch` of a sync response is saved once every reply to it, and to all
+   before it, was acknowledged. So a stop needs no care: the next start does what was not done.
+2. Repeat safely. The transaction ID of a reply is made from the event ID, and the device ID stays
+   the same: the homeserver drops a reply that it has already.
+3. Read what was left out. If a timeline is limited, the messages since the last sync are read page
+   by page, and then the timeline. What precedes the bot's own invitation is history.
+4. Persist. Every request is repeated until it succeeds or is refused for good, by one loop:
+   `Client.persist`. What is no network error is a bug: it is shown, not repeated.
 """
 
 from __future__ import annotations
@@ -41,47 +32,71 @@ import sys
 import time
 import traceback
 import urllib.request
-from collections import defaultdict, deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, NoReturn
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 from nio import (
     AsyncClient,
     AsyncClientConfig,
-    ErrorResponse,
+    JoinResponse,
+    LoginResponse,
     MessageDirection,
     RoomMessagesResponse,
     RoomMessageText,
     RoomSendResponse,
     SyncResponse,
+    WhoamiResponse,
 )
 
-COMMAND = "!replybot"
-ENCRYPTED = "This room is encrypted, and I can't read encrypted messages."
+USAGE = """A Matrix bot that answers each message that starts with !replybot with the rest of it.
 
-SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
-REQUEST_TIMEOUT = 60  # s that any other request may take
-PATIENCE = 600  # s that a request may fail in a room while syncs succeed, or reply_to may take
-MAX_BACKOFF = 60  # s between two attempts, unless the homeserver asks for more
-MAX_RETRY_AFTER = 3600  # s
-MAX_UNFINISHED = 10_000  # sync responses whose next_batch is not saved before polling pauses
-MAX_CONNECTIONS = 500  # fewer than the files that a process may open
-SHUTDOWN_GRACE = 5  # s for the sends in flight
-ALIVE = 300  # s for a poll, more than nio's deadlines, until systemd's watchdog ends the bot
-LOGINS = 4  # in LOGIN_WINDOW s: Synapse allows five, then one in 333 s
-LOGIN_WINDOW = 1400  # s
+    export MATRIX_USER=@bot:example.org MATRIX_PASSWORD=...
+    python echobot.py
+
+Environment (an empty variable counts as missing):
+    MATRIX_USER          required: the full user ID
+    MATRIX_PASSWORD      this or the next is required
+    MATRIX_ACCESS_TOKEN  used instead of the password if both are given; never written to disk
+    MATRIX_HOMESERVER    base URL; default: found from the user ID at every start
+    MATRIX_INVITERS      whose invitations are accepted, others are rejected: user ID patterns,
+                         separated by spaces (@me:example.org @*:example.com); default: *
+    STATE_DIRECTORY      where next_batch and session.json are kept; default: working directory
+    LOG_LEVEL            DEBUG, INFO, WARNING or ERROR; default: INFO
+    HTTPS_PROXY, HTTP_PROXY, NO_PROXY and systemd's NOTIFY_SOCKET are honoured.
+
+Exit status: 0 stopped by SIGTERM or SIGINT, 1 a bug, 2 usage, 75 another copy is running on this
+state directory, 77 credentials refused, 78 configuration wrong."""
+
+COMMAND = "!replybot"
+ENCRYPTED = (
+    "I can't read encrypted messages. Please make a room with encryption turned off (it can't be"
+    " turned off later) and invite me there."
+)
+
 DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the device
-MESSAGES = {"types": ["m.room.message", "m.room.encrypted"], "limit": 100}
+SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
+QUIET_INTERVAL = 0.5  # s between two polls that bring nothing
+REQUEST_TIMEOUT = 60  # s that any other request may take
+MAX_BACKOFF = 60  # s between two attempts, unless the homeserver asks for more
+MAX_RETRY_AFTER = 120  # s
+REFUSAL_PATIENCE = 60  # s that a room may be refused: some servers do so just after an invitation
+PATIENCE = 600  # s that a room may fail otherwise while syncs succeed, or reply_to may take
+
+MESSAGES = {"types": ["m.room.message", "m.room.encrypted", "m.room.member"], "limit": 100}
+NOTHING: dict[str, list[str]] = {"types": []}
+# What a person mends, at login too: the command is not lost meanwhile.
+ACCOUNT_STATES = (
+    "M_USER_LOCKED",
+    "M_USER_SUSPENDED",
+    "M_RESOURCE_LIMIT_EXCEEDED",
+    "M_CONSENT_NOT_GIVEN",
+)
 
 JSON = dict[str, Any]
-Tasks = list["asyncio.Task[None]"]
-Batches = asyncio.Queue[tuple[str, Tasks]]  # (next_batch, what must be done before it is saved)
-
 log = logging.getLogger("echobot")
 
 
@@ -105,15 +120,14 @@ async def reply_to(event: RoomMessageText) -> str | None:
 def main() -> int:
     """Run the bot until it is stopped; return the exit status."""
     if sys.argv[1:] in (["--help"], ["-h"]):
-        print(__doc__.strip())
+        print(USAGE)
         return 0
     try:
         if sys.argv[1:]:
             raise Exit(2, "takes no arguments but --help; settings are environment variables")
-        settings = read_settings(os.environ)
+        settings = Settings.from_environment()
         set_up_logging(settings.log_level)
-        lock(settings.state_directory)
-        asyncio.run(run(settings))
+        asyncio.run(run(settings, State(Path(settings.state_directory))))
     except Exit as reason:
         print(f"echobot: {reason}", file=sys.stderr)
         return reason.status
@@ -128,272 +142,325 @@ class Exit(Exception):
         self.status = status
 
 
-async def run(settings: Settings) -> None:
-    """Answer commands until SIGTERM or SIGINT; raise Exit if that is not possible."""
-    homeserver = Homeserver(settings)
-    batches: Batches = asyncio.Queue(MAX_UNFINISHED)
-    polling = asyncio.create_task(poll(homeserver, batches))
-    saving = asyncio.create_task(save_in_order(batches, settings.state_directory))
-    watchdog = asyncio.create_task(feed_watchdog(homeserver))
+async def run(settings: Settings, state: State) -> None:
+    """Log in and answer commands until a signal comes; raise Exit if that is not possible."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, polling.cancel)
-    try:
-        ended, _ = await asyncio.wait({polling, saving}, return_when=asyncio.FIRST_COMPLETED)
-        notify("STOPPING=1")
-        for task in ended:
-            if task is not polling or not task.cancelled():
-                task.result()  # Neither returns: this raises what ended it.
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(batches.join(), SHUTDOWN_GRACE)
-    finally:
-        watchdog.cancel()
-        await homeserver.client.close()
-
-
-async def poll(homeserver: Homeserver, batches: Batches) -> None:
-    """Sync for ever: start to answer each response, and poll on without waiting for that."""
-    await homeserver.connect()
-    since = await starting_position(
-        homeserver, batches, load_next_batch(homeserver.settings.state_directory)
-    )
-    while True:
-        try:
-            response = await homeserver.sync(since)
-        except Failure as failure:
-            log.error("The homeserver refuses next_batch (%s): starting from now instead", failure)
-            since = await starting_position(homeserver, batches, None)
-            await asyncio.sleep(backoff(4))
-            continue
-        tasks = start_answering(homeserver, response, since)
-        since = response["next_batch"]
-        await batches.put((since, tasks))
-        if tasks:
-            # Quick replies first: the next poll would slow them down, here and at the homeserver.
-            await asyncio.wait(tasks, timeout=0.05)
-            # A single reply is seen 2 ms sooner if the homeserver can first deliver it.
-            await asyncio.sleep(0.002 if len(tasks) == 1 else 0)
-
-
-async def save_in_order(batches: Batches, directory: str) -> None:
-    """Save the next_batch of each sync response once its tasks, and all before it, are done."""
-    saved, failing = None, False
-    while True:
-        next_batch, tasks = await batches.get()
-        await asyncio.gather(*tasks)
-        try:
-            if next_batch != saved:
-                await asyncio.to_thread(replace_file, Path(directory, "next_batch"), next_batch)
-                saved, failing = next_batch, False
-        except OSError as error:
-            if not failing:
-                log.error("Can't save next_batch: %s; answering goes on", error.strerror)
-            failing = True
-        batches.task_done()
-
-
-async def starting_position(homeserver: Homeserver, batches: Batches, since: str | None) -> str:
-    """Return `since`, or without one the position of now; take up pending invitations."""
-    if since is None:
-        since = str((await homeserver.sync(None))["next_batch"])
-        # Saved at once, not after the joins: a kill amid them must not make this a first start.
-        await batches.put((since, []))
-    await batches.put((since, [asyncio.create_task(accept_pending(homeserver, since))]))
-    return since
-
-
-async def accept_pending(homeserver: Homeserver, since: str) -> None:
-    """Accept the invitations before `since`, of which only a sync without it tells again."""
-    try:
-        # With the patience of a room: polling does not wait for it.
-        overview = await Room(homeserver, "all").request(homeserver.sync_once, None)
-    except Failure as failure:
-        # What is saved must not wait for it longer; the next start asks again.
-        log.warning("Passed over invitations that may be pending: %s", failure)
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    state.lock()
+    session = state.load_session(settings.matrix_user)
+    homeserver = settings.matrix_homeserver or await find_homeserver(settings.matrix_user, session)
+    client = Client(homeserver, settings.matrix_user)
+    if session and session["access_token"] and not settings.matrix_access_token:
+        client.restore_login(session["user_id"], session["device_id"], session["access_token"])
     else:
-        invited = part(overview, dict, "rooms", "invite").items()
-        await asyncio.gather(
-            *(homeserver.room(room_id).accept_invitation(room, since) for room_id, room in invited)
-        )
+        await log_in(client, settings, state)
+    log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
+    await sync_forever(client, settings, state)
 
 
-def start_answering(homeserver: Homeserver, response: JSON, since: str) -> Tasks:
-    """Start to answer a sync response, which follows `since`: one task for each room."""
-    next_batch = response["next_batch"]
-    work = [
-        homeserver.room(room_id).answer_timeline(part(room, dict, "timeline"), since, next_batch)
-        for room_id, room in part(response, dict, "rooms", "join").items()
-    ] + [
-        homeserver.room(room_id).accept_invitation(room, since)
-        for room_id, room in part(response, dict, "rooms", "invite").items()
-    ]
-    return [asyncio.create_task(task) for task in work]
+def stop() -> NoReturn:
+    """End the process as a crash would, but with status 0: what is not saved will be done again."""
+    notify("STOPPING=1")
+    os._exit(0)
 
 
-@dataclass(eq=False)
+async def sync_forever(client: Client, settings: Settings, state: State) -> None:
+    """Start to answer each sync response, and poll on without waiting for that."""
+    rooms = Rooms(client, settings.matrix_inviters.split())
+    since = state.load_next_batch() or await position_of_now(client, settings, state)
+    saved = asyncio.create_task(rooms.answer_pending_invitations(since))
+    timeout = 1  # ms; one process after the other must not ask the same, or Synapse repeats itself
+    while True:
+        started = time.monotonic()
+        try:
+            response = await poll(client, settings, state, timeout, SYNC_FILTER, since)
+        except Failure as refusal:
+            log.error("The homeserver refuses next_batch (%s): starting from now instead", refusal)
+            since = await position_of_now(client, settings, state)
+            continue
+        answering = rooms.start_answering(response, since)
+        since = response["next_batch"]
+        saved = asyncio.create_task(save_after([saved, *answering], state, since))
+        if not answering and timeout == SYNC_TIMEOUT:
+            await asyncio.sleep(started + QUIET_INTERVAL - time.monotonic())
+        timeout = SYNC_TIMEOUT
+
+
+async def position_of_now(client: Client, settings: Settings, state: State) -> str:
+    """Return and save the position to start from when there is none."""
+    response = await poll(client, settings, state, 4 * SYNC_TIMEOUT, POSITION_FILTER, None)
+    # At once: a kill must not make the next start a first one again.
+    await state.save_next_batch(response["next_batch"])
+    return str(response["next_batch"])
+
+
+async def poll(
+    client: Client, settings: Settings, state: State, timeout: int, which: JSON, since: str | None
+) -> JSON:
+    """Return the next sync response (`timeout` in ms); raise Failure if `since` is refused."""
+
+    async def sync() -> JSON:
+        notify("WATCHDOG=1")
+        try:
+            return await client.sync(timeout, which, since)
+        except Failure as failure:
+            # Only here: all other requests are just repeated, with the new access token.
+            if failure.status == 401 and failure.errcode not in ("", *ACCOUNT_STATES):
+                await log_in(client, settings, state)
+            raise
+
+    response = await client.persist(sync, "the sync", final=[400] if since else [])
+    notify("READY=1")
+    return response
+
+
+async def save_after(tasks: list[asyncio.Task[None]], state: State, next_batch: str) -> None:
+    """Save a position once all that it stands for is done; a bug in that ends the bot."""
+    await asyncio.gather(*tasks)
+    await state.save_next_batch(next_batch)
+
+
+class Rooms(dict[str, "Room"]):
+    """The rooms of which a sync response has told, by room ID."""
+
+    def __init__(self, client: Client, inviters: list[str]) -> None:
+        super().__init__()
+        self.client, self.inviters = client, inviters
+
+    def __missing__(self, room_id: str) -> Room:
+        self[room_id] = Room(self.client, room_id)
+        return self[room_id]
+
+    def start_answering(self, response: JSON, since: str) -> list[asyncio.Task[None]]:
+        """Start a task for each room of a sync response that follows `since`."""
+        work = [
+            self[room_id].answer_timeline(part(room, dict, "timeline"), since, response)
+            for room_id, room in part(response, dict, "rooms", "join").items()
+        ] + [
+            self[room_id].answer_invitation(self.inviters, invited, since)
+            for room_id, invited in part(response, dict, "rooms", "invite").items()
+            if self[room_id].is_new(invited)
+        ]
+        return [asyncio.create_task(task) for task in work]
+
+    async def answer_pending_invitations(self, since: str) -> None:
+        """Answer the invitations of which only a sync without `since` tells again."""
+        with contextlib.suppress(Failure):
+            overview = await self.client.persist(
+                lambda: self.client.sync(4 * SYNC_TIMEOUT, POSITION_FILTER),
+                "the sync for pending invitations",
+                Patience(),
+            )
+            await asyncio.gather(*self.start_answering({"rooms": overview["rooms"]}, since))
+
+
+@dataclass
+class Patience:
+    """Since when a room's requests have failed without a success, in monotonic s; 0: they don't."""
+
+    failing_since: float = 0
+
+
+@dataclass
 class Room:
     """A room, and what is remembered of it until the process ends."""
 
-    homeserver: Homeserver
+    client: Client
     room_id: str
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a part is answered
-    just_joined: bool = False  # the next timeline may reach back before the invitation
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # its parts are answered in order
+    patience: Patience = field(default_factory=Patience)
+    seen: set[str] = field(default_factory=set)  # event IDs that the next timeline may repeat
+    just_joined: bool = False
     told_encrypted: bool = False
-    failing_since: float = 0.0  # monotonic s, 0 after a success or a refusal
-    # Event IDs: the timeline after a join repeats what was read at the join.
-    answered: deque[str] = field(default_factory=partial(deque, maxlen=100))
+    invitation: Any = None  # the last one, and when it may be tried again
+    not_before: float = 0
 
-    async def answer_timeline(self, timeline: JSON, since: str, next_batch: str) -> None:
-        """Answer the room's part of a sync response, once its earlier parts are answered."""
+    async def answer_timeline(self, timeline: JSON, since: str, response: JSON) -> None:
+        """Answer the room's part of a sync response, and what it left out."""
         async with self.turn:
-            has_gap = part(timeline, bool, "limited") or self.just_joined
+            events: list[Any] = []
+            if part(timeline, bool, "limited") or self.just_joined:
+                events = await self.read_gap(since, response["next_batch"])
             self.just_joined = False
-            if has_gap and await self.answer_gap(since, next_batch):
-                return
-            for event in part(timeline, list, "events"):
-                await self.answer(event)
+            # Also after a gap: some homeservers stop before its end.
+            await self.answer_events(events + part(timeline, list, "events"))
+            self.seen.clear()
 
-    async def answer_gap(self, since: str, next_batch: str | None) -> bool:
-        """Answer what was sent between two positions, page by page; tell if all was read.
-
-        Without `next_batch`, read up to now. Spec: GET /rooms/{roomId}/messages.
-        """
-        read, forward = self.homeserver.client.room_messages, MessageDirection.front
-        position = since
-        while position:
-            try:
-                page = await self.request(
-                    read, self.room_id, position, next_batch, forward, 100, MESSAGES
-                )
-            except Failure as failure:
-                log.warning("Passed over a gap in %s: %s", self.room_id, failure)
-                return False
-            for event in part(page, list, "chunk"):
-                await self.answer(event)
-            end = part(page, str, "end")
-            position = end if end != position else ""
+    def is_new(self, invitation: Any) -> bool:
+        """Tell an invitation from one that the homeserver repeats in every sync response."""
+        if invitation == self.invitation and time.monotonic() < self.not_before:
+            return False
+        self.invitation, self.not_before = invitation, time.monotonic() + PATIENCE
         return True
 
-    async def accept_invitation(self, invited_room: JSON, since: str) -> None:
+    async def answer_invitation(self, inviters: list[str], invited: JSON, since: str) -> None:
         """Join the room and answer what was sent since the invitation, or reject that."""
-        client, inviter = self.homeserver.client, "nobody"
-        for event in part(invited_room, list, "invite_state", "events"):
+        client, inviter = self.client, "nobody"
+        for event in part(invited, list, "invite_state", "events"):
             # The last one counts: only that is our own homeserver's, not what the inviter's says.
             match event:
                 case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
                     inviter = sender
-        patterns = self.homeserver.settings.matrix_inviters.split()
-        try:
+        with contextlib.suppress(Failure):
             async with self.turn:
-                if not any(fnmatch.fnmatchcase(inviter, pattern) for pattern in patterns):
-                    await self.request(client.room_leave, self.room_id)
+                what = f"joining {self.room_id}"
+                if not any(fnmatch.fnmatchcase(inviter, pattern) for pattern in inviters):
+                    what = f"rejecting {self.room_id}"
+                    await client.persist(
+                        lambda: client.room_leave(self.room_id), what, self.patience
+                    )
                     log.info("Rejected the invitation of %s to %s", inviter, self.room_id)
                     return
-                await self.request(client.join, self.room_id)
+                await client.persist(lambda: client.join(self.room_id), what, self.patience)
                 log.info("Joined %s, invited by %s", self.room_id, inviter)
                 self.just_joined = True
                 # Up to now: the polls since the invitation have told nothing of this room.
-                await self.answer_gap(since, None)
-        except Failure as failure:
-            log.warning("Passed over the invitation to %s: %s", self.room_id, failure)
+                await self.answer_events(await self.read_gap(since, None))
+
+    async def read_gap(self, since: str, to: str | None) -> list[Any]:
+        """Return the events between two positions (default: now), oldest first, as far as read.
+
+        Spec: GET /rooms/{roomId}/messages. Some homeservers' pages never end, or begin again.
+        """
+        events: list[Any] = []
+        positions: set[str] = set()
+        delays, news = backoff(), time.monotonic()
+        with contextlib.suppress(Failure):
+            while since and since not in positions:
+                positions.add(since)
+                page = await self.client.persist(
+                    lambda: self.client.room_messages(
+                        self.room_id, since, to, MessageDirection.front, 100, MESSAGES
+                    ),
+                    f"reading {self.room_id}",
+                    self.patience,
+                )
+                events += page["chunk"]
+                since = part(page, str, "end")
+                if page["chunk"]:
+                    delays, news = backoff(), time.monotonic()
+                elif time.monotonic() - news > PATIENCE:
+                    log.warning("Gave up on reading %s: its pages never end", self.room_id)
+                    break
+                elif since:
+                    await asyncio.sleep(next(delays))
+        return events
+
+    async def answer_events(self, events: list[Any]) -> None:
+        """Answer what is new among events, each once and in order; a bug costs its event."""
+        done, start = self.look_over(events)
+        for number, event in enumerate(events):
+            event_id = part(event, str, "event_id")
+            membership = part(event, str, "unsigned", "membership")
+            is_history = membership in ("leave", "ban", "knock") if membership else number < start
+            if is_history or event_id in self.seen or transaction_id(event_id) in done:
+                continue
+            self.seen.add(event_id)
+            try:
+                await self.answer(event)
+            except Failure:
+                continue  # It is in the log.
+            except Exception as error:
+                log_bug(error, f"Passed over {event_id} in {self.room_id}")
+
+    def look_over(self, events: list[Any]) -> tuple[set[str], int]:
+        """Return transaction IDs of what was sent before a crash, and the number of the invitation.
+
+        Without `unsigned.membership`, which not every homeserver tells, only that invitation (or
+        a join without one) tells history from news.
+        """
+        done, start, before = set(), 0, ""
+        for number, event in enumerate(events):
+            match event:
+                case {"sender": self.client.user_id, "unsigned": {"transaction_id": str(tx_id)}}:
+                    done.add(tx_id)
+                case {
+                    "type": "m.room.member",
+                    "state_key": self.client.user_id,
+                    "content": {"membership": str(membership)},
+                }:
+                    before = before or part(event, str, "unsigned", "prev_content", "membership")
+                    if {before, membership} & {"invite", "join"} == {membership}:
+                        start = number if before != membership else start
+                    before = membership
+        return done, start
 
     async def answer(self, event: Any) -> None:
         """Answer an event if it calls for it, and return once the reply is acknowledged."""
         match event:
             case (
-                {"sender": self.homeserver.client.user_id}
+                {"sender": self.client.user_id}
                 | {"unsigned": {"redacted_because": _}}
-                # The membership that the bot had when it was sent: this is history.
-                | {"unsigned": {"membership": "leave" | "ban" | "knock"}}
                 | {"content": {"m.relates_to": {"rel_type": "m.replace"}}}
             ):
                 return
-            case {"type": "m.room.encrypted"} if not self.told_encrypted:
+            case {"type": "m.room.encrypted", "event_id": str()} if not self.told_encrypted:
                 self.told_encrypted = True
                 log.warning("%s is encrypted: its messages can't be read", self.room_id)
                 content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-                await self.send(content, f"encrypted{self.room_id}")
+                await self.send(content, f"encrypted{self.room_id}", "the notice")
             case {
                 "type": "m.room.message",
                 "event_id": str(event_id),
                 "sender": str(),
                 "origin_server_ts": int(),
                 "content": {"msgtype": "m.text", "body": str(body)} as content,
-            } if event_id not in self.answered:
+            }:
                 formatted_body, style = content.get("formatted_body"), content.get("format")
-                await self.reply(RoomMessageText(event, body, formatted_body, style))
-                self.answered.append(event_id)
-            case {"type": str(), "event_id": str(), "sender": str(), "origin_server_ts": int()}:
-                return
-            case _:
-                log.error("Passed over a malformed event in %s", self.room_id)
+                message = RoomMessageText(event, body, formatted_body, style)
+                reply = await call_reply_to(message)
+                if reply is not None:
+                    content = text_content(reply, message)
+                    await self.send(content, event_id, f"the reply to {event_id}")
+                    log.info("Answered %s in %s", event_id, self.room_id)
 
-    async def reply(self, event: RoomMessageText) -> None:
-        """Send what reply_to returns for a message; a bug in it costs that reply."""
-        started = time.monotonic()
-        # In a task of its own: its cancellation, by itself or after too long, is not ours.
-        calling = asyncio.create_task(result_of_reply_to(event))
-        done, _ = await asyncio.wait({calling}, timeout=PATIENCE)
-        calling.cancel()
-        result = calling.result() if done else TimeoutError()
-        if result is None:
-            return
-        if not isinstance(result, str):
-            # Not its text, which may quote the message.
-            frames = traceback.extract_tb(getattr(result, "__traceback__", None))
-            lines = [frame.lineno for frame in frames if frame.filename == __file__]
-            what = f"{type(result).__name__} at lines {lines}"
-            log.error("reply_to failed for %s in %s: %s", event.event_id, self.room_id, what)
-        elif await self.send(text_content(result, event), event.event_id):
-            elapsed = (time.monotonic() - started) * 1000
-            log.info("Answered %s in %s after %.0f ms", event.event_id, self.room_id, elapsed)
-            self.homeserver.answered += 1
-            self.homeserver.tell_status()
+    async def send(self, content: JSON, about: str, what: str) -> None:
+        """Send a message once, however often it is tried, about an event ID; or raise Failure."""
+        await self.client.persist(
+            lambda: self.client.room_send(
+                self.room_id, "m.room.message", content, transaction_id(about)
+            ),
+            f"{what} in {self.room_id}",
+            self.patience,
+        )
 
-    async def send(self, content: JSON, tx_id: str) -> bool:
-        """Send a message, once however often it is tried with a transaction ID; tell if it went."""
-        room_send = self.homeserver.client.room_send
+
+def transaction_id(event_id: str) -> str:
+    """Return the transaction ID for a reply, safe in URLs: old event IDs have `/` and `+`."""
+    return quote(event_id, safe="!$:", errors="replace").replace("%", "~")
+
+
+async def call_reply_to(event: RoomMessageText) -> str | None:
+    """Return what reply_to returns; raise what it raises, or TimeoutError after PATIENCE s."""
+
+    async def call() -> Any:
         try:
-            await self.request(room_send, self.room_id, "m.room.message", content, tx_id)
-        except Failure as failure:
-            log.warning("Passed over %s in %s: %s", tx_id, self.room_id, failure)
-            return False
-        return True
+            return await reply_to(event)
+        except BaseException as error:  # Even SystemExit, as of argparse, ends no bot.
+            return error
 
-    async def request(self, method: Any, *arguments: Any) -> Any:
-        """Return the response of one of the client's methods; repeat it while that may help.
-
-        Raise Failure for what the homeserver refuses, and for what fails for PATIENCE s while the
-        requests for which all wait do not.
-        """
-        homeserver, attempt = self.homeserver, 0
-        queue = homeserver.queues[method.__name__]
-        while True:
-            try:
-                response = await in_turn(queue, method, *arguments)
-                break
-            except Failure as failure:
-                attempt += 1
-                # Not 401: any server can have the join of its room answered with that.
-                if failure.errcode and 400 <= failure.status < 500 and failure.status != 401:
-                    homeserver.note_recovery(self)
-                    raise
-                homeserver.note_trouble(self, failure, "trying again")
-                failed_for = time.monotonic() - max(self.failing_since, homeserver.sound_since)
-                # Once a room was given up, its next requests still get nine attempts, some 40 s.
-                if attempt > 8 and failed_for > PATIENCE and None not in homeserver.troubled:
-                    homeserver.troubled.discard(self)
-                    raise
-                await asyncio.sleep(failure.wait(attempt))
-        homeserver.note_recovery(self)
-        return response
+    # In a task of its own: its cancellation, by itself or after too long, is not ours.
+    calling = asyncio.create_task(call())
+    await asyncio.wait({calling}, timeout=PATIENCE)
+    if calling.cancel():
+        raise TimeoutError("reply_to did not return")
+    result = calling.result()
+    if isinstance(result, BaseException):
+        raise RuntimeError("reply_to failed") from result
+    if not isinstance(result, str | None):
+        raise TypeError("reply_to returned no text")
+    return result
 
 
-async def result_of_reply_to(event: RoomMessageText) -> Any:
-    """Return what reply_to returns or raises; even SystemExit, as of argparse, ends no bot."""
-    try:
-        return await reply_to(event)
-    except BaseException as error:
-        return error
+def log_bug(error: BaseException, what: str) -> None:
+    """Log where an exception comes from, but not its text, which may quote a message."""
+    causes: list[str] = []
+    cause: BaseException | None = error
+    while cause:
+        frames = traceback.format_list(traceback.extract_tb(cause.__traceback__))
+        causes.insert(0, f"{''.join(frames)}{type(cause).__name__}")
+        cause = cause.__cause__
+    log.error("%s:\n%s", what, "\n".join(causes))
 
 
 def text_content(body: str, event: RoomMessageText) -> JSON:
@@ -413,263 +480,181 @@ def text_content(body: str, event: RoomMessageText) -> JSON:
     return content
 
 
-# HTTP statuses that end a login; with a 200 among them, what answers is no homeserver.
-FINAL_AT_LOGIN = frozenset(range(200, 500)) - {429}
-
-
-class Homeserver:
-    """The bot's account on its homeserver: login, requests, and one rule for all their errors."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.room = cache(partial(Room, self))  # by room ID
-        self.session = load_session(settings.state_directory)
-        self.client = Client("")
-        # Synapse repeats a response for two minutes if it is asked with the same parameters, even
-        # what the position of now is: so each process asks with others.
-        self.hold = SYNC_TIMEOUT - random.randrange(1000)
-        self.answered = 0
-        self.last_sync = ""
-        self.logins: deque[float] = deque(maxlen=LOGINS)
-        self.queues: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.sound_since = self.alive_until = 0.0  # monotonic s
-        self.troubled: set[Room | None] = set()
-        self.causes: set[str] = set()
-
-    async def connect(self) -> None:
-        """Go on with the saved session or log in; raise Exit if that is refused."""
-        settings, session = self.settings, self.session
-        if session and session.belongs_to(settings):
-            self.client = open_client(session.homeserver, settings.matrix_user)
-            self.client.restore_login(*session[1:])
-        else:
-            url = settings.matrix_homeserver or await self.discover()
-            self.client = open_client(url, settings.matrix_user)
-        url = self.client.homeserver
-        if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", url):
-            log.warning("%s is not encrypted: others can read along", url)
-        if settings.matrix_access_token or not self.client.access_token:
-            await self.log_in()
-        log.info("Logged in as %s, device id: %s.", self.client.user_id, self.client.device_id)
-
-    async def discover(self) -> str:
-        """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
-        server_name = self.settings.matrix_user.partition(":")[2]
-        self.client = open_client("https://" + re.sub(r":\d+$", "", server_name))
-        try:
-            found = await self.request(self.client.discovery_info, final=FINAL_AT_LOGIN)
-            if is_base_url(found.homeserver_url):
-                return str(found.homeserver_url)
-            problem = "its base_url is malformed"
-        except Failure as failure:
-            if failure.status == 404:
-                return f"https://{server_name}"
-            problem = str(failure)
-        finally:
-            await self.client.close()
-        url = f"{self.client.homeserver}/.well-known/matrix/client"
-        raise Exit(78, f"{url} names no homeserver ({problem}): set MATRIX_HOMESERVER")
-
-    async def log_in(self) -> None:
-        """Log in, on the same device as before; raise Exit if that is refused."""
-        client, token = self.client, self.settings.matrix_access_token
-        user, password = self.settings.matrix_user, self.settings.matrix_password
-        if len(self.logins) == LOGINS:
-            wait = self.logins[0] + LOGIN_WINDOW - time.monotonic()
-            self.alive_until = time.monotonic() + wait + ALIVE
-            await asyncio.sleep(wait)
-        self.logins.append(time.monotonic())
-        # Some homeservers refuse any request with an access token that they do not know.
-        client.access_token = token
-        login = (client.whoami,) if token else (client.login, password, "echobot")
-        try:
-            found = await self.request(*login, final=FINAL_AT_LOGIN)
-        except Failure as failure:
-            if failure.errcode and failure.status != 404:
-                problem = f"{client.homeserver} refuses {user} ({failure})"
-                secret = "MATRIX_ACCESS_TOKEN" if token else "MATRIX_PASSWORD"
-                raise Exit(77, f"{problem}: check MATRIX_USER and {secret}") from None
-            problem = f"no Matrix homeserver answers at {client.homeserver} ({failure})"
-            raise Exit(78, f"{problem}: check MATRIX_HOMESERVER") from None
-        if not same_user(found.user_id, user):
-            raise Exit(78, f"MATRIX_ACCESS_TOKEN is of {found.user_id}: check MATRIX_USER")
-        client.restore_login(found.user_id, found.device_id or "", token or found.access_token)
-        self.save_session()
-
-    def save_session(self) -> None:
-        """Save where and as whom we are logged in, but not an access token that we were given."""
-        client, directory, before = self.client, self.settings.state_directory, self.session
-        token = "" if self.settings.matrix_access_token else client.access_token
-        self.session = Session(client.homeserver, client.user_id, client.device_id or "", token)
-        try:
-            if before and not before.belongs_to(self.settings):
-                log.warning("Not using the state of %s at %s", before.user_id, before.homeserver)
-                Path(directory, "next_batch").unlink(missing_ok=True)
-            replace_file(Path(directory, "session.json"), json.dumps(self.session._asdict()))
-        except OSError as error:
-            log.error("Can't save session.json in %s: %s", directory, error.strerror)
-
-    async def sync(self, since: str | None) -> JSON:
-        """Return the next sync response; raise Failure if the homeserver refuses `since`."""
-        final = {400} if since else ()
-        response: JSON = await self.request(self.sync_once, since, final=final)
-        if not self.last_sync:
-            notify("READY=1")
-        self.last_sync = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self.tell_status()
-        return response
-
-    async def sync_once(self, since: str | None) -> Any:
-        """Sync: for messages of others and invitations since then, or all pending invitations."""
-        nothing: JSON = {"types": []}
-        room = dict.fromkeys(("timeline", "state", "ephemeral", "account_data"), nothing)
-        if since:
-            room["timeline"] = {**MESSAGES, "not_senders": [self.client.user_id]}
-        only = {"room": room, "presence": nothing, "account_data": nothing}
-        # Without `since` the homeserver does not wait for news, but may take minutes to answer.
-        return await self.client.sync(self.hold if since else 8 * self.hold, only, since)
-
-    def tell_status(self) -> None:
-        """Tell systemd how many commands were answered, and when the last sync was."""
-        notify(f"STATUS=Answered {self.answered}, last sync at {self.last_sync}")
-
-    async def request(self, method: Any, *arguments: Any, final: Container[int]) -> Any:
-        """Return the response of a request for which all wait: repeat it until it succeeds.
-
-        Raise Failure for what the homeserver itself refuses with an HTTP status in `final`.
-        """
-        attempt = strange = 0
-        while True:
-            self.alive_until = time.monotonic() + ALIVE
-            try:
-                response = await outcome(method, *arguments)
-                break
-            except Failure as failure:
-                attempt += 1
-                # Without an errcode it may come from a proxy whose homeserver is restarting.
-                strange = strange + 1 if failure.status in final else 0
-                no_matrix = not self.client.user_id and (failure.status == 404 or strange >= 5)
-                if failure.status in final and (failure.errcode or no_matrix):
-                    self.note_recovery(None)
-                    raise
-                if failure.status == 401 and failure.errcode:
-                    self.note_trouble(None, failure, "logging in again")
-                    await self.log_in()
-                else:
-                    self.note_trouble(None, failure, "trying again")
-                    wait = failure.wait(attempt)
-                    self.alive_until += wait
-                    await asyncio.sleep(wait)
-        self.note_recovery(None)
-        return response
-
-    def note_trouble(self, room: Room | None, failure: Failure, remedy: str) -> None:
-        """Log what is wrong, each cause once until nothing is."""
-        if room:
-            room.failing_since = room.failing_since or time.monotonic()
-        if not self.troubled:
-            self.causes.clear()
-        self.troubled.add(room)
-        if str(failure) not in self.causes:
-            self.causes.add(str(failure))
-            log.warning("Trouble with %s: %s; %s", self.client.homeserver, failure, remedy)
-
-    def note_recovery(self, room: Room | None) -> None:
-        """Log when nothing is wrong any more."""
-        if room:
-            room.failing_since = 0.0
-        if room in self.troubled:
-            self.troubled.remove(room)
-            if not room:
-                self.sound_since = time.monotonic()
-            if not self.troubled:
-                log.info("No more trouble with %s", self.client.homeserver)
-
-
 class Failure(Exception):
     """A request that brought no success; the text says why, and never quotes a message.
 
     `status`: HTTP status, 0 without an answer. `errcode`: the homeserver's, "" if it gave none.
-    `retry_after`: how long it asks to wait in s, 0 if it does not.
+    `retry_after`: how long it asks to wait, in s.
     """
 
     def __init__(self, cause: str, status: int = 0, errcode: str = "", retry_after: float = 0):
         super().__init__(cause)
         self.status, self.errcode, self.retry_after = status, errcode, retry_after
 
-    def wait(self, attempt: int) -> float:
-        """Return how long to wait in s after this failure of the attempt, counted from 1."""
-        return max(self.retry_after, backoff(0 if self.retry_after else attempt - 1))
 
-
-async def outcome(method: Any, *arguments: Any) -> Any:
-    """Return the response of one of the client's methods; raise Failure for all else."""
-    try:
-        return await method(*arguments)
-    except Failure:
-        raise
-    except asyncio.TimeoutError:
-        raise Failure("no answer in time") from None
-    except (aiohttp.ClientConnectionError, OSError) as error:
-        raise Failure(str(error) or type(error).__name__) from None
-    except Exception as error:
-        # Without its text, which may quote the answer, or a proxy's password.
-        raise Failure(f"{type(error).__name__} {getattr(error, 'status', '')}".strip()) from None
-
-
-async def in_turn(queue: asyncio.Lock, method: Any, *arguments: Any) -> Any:
-    """Return an outcome; wait out rate limits, one request of a queue after the other.
-
-    So rooms go on in the order in which they met the limit: none of them starves.
-    """
-    attempt = 0
-    async with contextlib.AsyncExitStack() as turn:
-        while True:
-            try:
-                return await outcome(method, *arguments)
-            except Failure as failure:
-                if failure.status != 429:
-                    raise
-                attempt += 1
-                until = time.monotonic() + failure.wait(attempt)
-            if attempt == 1:
-                await turn.enter_async_context(queue)
-            await asyncio.sleep(until - time.monotonic())
-
-
-def backoff(attempt: int) -> float:
-    """Return how long to wait in s after so many failures, counted from 0."""
-    return min(MAX_BACKOFF, 0.25 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1)
-
-
-# The responses that are left as the JSON they are, and what they have if they are a success.
-KEYS = {SyncResponse: "next_batch", RoomMessagesResponse: "start", RoomSendResponse: "event_id"}
+# What a response has if it is a success.
+REQUIRED: dict[type, tuple[str, type]] = {
+    JoinResponse: ("room_id", str),
+    LoginResponse: ("access_token", str),
+    RoomMessagesResponse: ("chunk", list),
+    RoomSendResponse: ("event_id", str),
+    SyncResponse: ("next_batch", str),
+    WhoamiResponse: ("user_id", str),
+}
 
 
 class Client(AsyncClient):
-    """nio's client, but it raises what is no success, and leaves most responses as they are.
+    """nio's client, but each request returns JSON or raises Failure, and `persist` repeats it.
 
     nio's own parser fails on a whole response for one odd event, and takes most of the time.
     """
 
+    def __init__(self, homeserver: str, user: str) -> None:
+        config = AsyncClientConfig(max_timeouts=0, request_timeout=REQUEST_TIMEOUT)
+        super().__init__(homeserver.rstrip("/"), user, DEVICE_ID, config=config)
+        try:
+            url = urlsplit(homeserver)
+            if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+                raise ValueError
+        except ValueError:
+            problem = f"the base URL of the homeserver of {user} is malformed"
+            raise Exit(78, f"{problem}: set MATRIX_HOMESERVER to one like https://a.org") from None
+        is_direct = urllib.request.proxy_bypass(url.hostname)
+        self.http_proxy = None if is_direct else urllib.request.getproxies().get(url.scheme)
+        # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
+        self.client_session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self.limited = asyncio.Lock()  # held by the one of those that met a 429 whose turn it is
+        self.sync_failed_at = 0.0  # monotonic s
+
+    async def persist(
+        self,
+        request: Callable[[], Awaitable[Any]],
+        what: str,
+        patience: Patience | None = None,
+        final: Any = (400, 413),
+    ) -> Any:
+        """Return the response of a request: repeat it until it succeeds or is refused for good.
+
+        Raise Failure then: at once for an HTTP status in `final`, later for what the patience with
+        a room ends. `what` names the request in the log.
+        """
+        causes: set[str] = set()
+        delays, wait = backoff(), 0.0
+        while True:
+            # One at a time of those that are limited, or they would ask all for each free slot.
+            async with self.limited if patience and wait > 0 else contextlib.nullcontext():
+                await asyncio.sleep(wait)
+                try:
+                    response = await request()
+                    break
+                except Failure as error:
+                    failure = error
+            if self.is_final(failure, patience, final):
+                log.warning("Gave up on %s: %s", what, failure)
+                raise failure
+            if str(failure) not in causes:
+                causes.add(str(failure))
+                level = logging.INFO if failure.status == 429 else logging.WARNING
+                log.log(level, "Trouble with %s: %s; trying again", what, failure)
+            wait = failure.retry_after if failure.status == 429 else 0
+            # The turn among the limited lasts seconds: a longer wait would hold up the others.
+            await asyncio.sleep(max(wait - 5, 0) if wait else next(delays))
+            wait = min(wait, 5)
+        if causes:
+            log.info("No more trouble with %s", what)
+        if patience:
+            patience.failing_since = 0
+        return response
+
+    def is_final(self, failure: Failure, patience: Patience | None, final: Any) -> bool:
+        """Tell whether a failure is for good: the one predicate for what is not repeated."""
+        now = time.monotonic()
+        if failure.status == 429 or failure.errcode in ACCOUNT_STATES:
+            return False
+        # Without an errcode it may come from a proxy whose homeserver is restarting.
+        if failure.status in final and failure.errcode:
+            return True
+        if patience is None:
+            self.sync_failed_at = now
+            return False
+        patience.failing_since = patience.failing_since or now
+        is_refused = failure.errcode and 400 <= failure.status < 500 and failure.status != 401
+        failed_for = now - max(patience.failing_since, self.sync_failed_at)
+        return failed_for > (REFUSAL_PATIENCE if is_refused else PATIENCE)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        data: Any = None,
+        headers: dict[str, str] | None = None,
+        trace_context: Any = None,
+        timeout: float | None = None,
+    ) -> aiohttp.ClientResponse:
+        """Send a request through the proxy of the environment; `timeout` is in s."""
+        return await self.client_session.request(
+            method,
+            self.homeserver + path,
+            data=data,
+            headers=headers,
+            proxy=self.http_proxy,
+            timeout=aiohttp.ClientTimeout(total=timeout or REQUEST_TIMEOUT),
+        )
+
+    async def _send(self, *arguments: Any, **options: Any) -> Any:
+        """Make a request, once; return JSON or raise Failure."""
+        try:
+            return await super()._send(*arguments, **options)
+        except TimeoutError:
+            raise Failure("no answer in time") from None
+        except (aiohttp.ClientConnectionError, OSError) as error:
+            raise Failure(str(error) or type(error).__name__) from None
+        except aiohttp.ClientError as error:
+            # Without its text, which may quote a proxy's password.
+            raise Failure(f"{type(error).__name__} {getattr(error, 'status', '')}") from None
+
     async def create_matrix_response(
         self, response_class: Any, transport_response: Any, data: Any = None, save_to: Any = None
     ) -> Any:
-        """Return the response that an HTTP response carries."""
-        body = await self.parse_body(transport_response)
-        if transport_response.status == 200:
-            key = KEYS.get(response_class)
-            response = body if key else response_class.from_dict(body, *data or ())
-            if not isinstance(response, ErrorResponse) and (not key or part(body, str, key)):
-                return response
+        """Return the JSON of an HTTP response, or raise Failure."""
+        status = transport_response.status
+        try:
+            body = json.loads((await transport_response.read()).decode(errors="replace"))
+        except (ValueError, RecursionError):
+            body = None
+        key, kind = REQUIRED.get(response_class, ("", dict))
+        if status == 200 and isinstance(
+            body.get(key) if key and isinstance(body, dict) else body, kind
+        ):
+            return body
         errcode = part(body, str, "errcode")
         seconds = transport_response.headers.get("Retry-After", "")
         wait = float(seconds) if seconds.isdecimal() else part(body, int, "retry_after_ms") / 1000
-        cause = f"HTTP {transport_response.status} {errcode or 'without a Matrix response'}"
-        raise Failure(cause, transport_response.status, errcode, min(wait, MAX_RETRY_AFTER))
+        reason = " ".join(part(body, str, "error").split())[:200]
+        cause = f"HTTP {status} {errcode} ({reason})" if errcode else f"HTTP {status}"
+        raise Failure(cause, status, errcode, min(wait or 1, MAX_RETRY_AFTER))
 
     async def receive_response(self, response: Any) -> None:
         """Change nothing: nio's picture of the rooms is not used, and logging in is ours."""
+
+
+def sync_filter(timeline: JSON) -> JSON:
+    """Return a filter for a sync: nothing but these events of timelines, and invitations."""
+    # Without lazy_load_members Synapse leaves out a room that it has joined only in part.
+    state = {**NOTHING, "lazy_load_members": True}
+    room = {"timeline": timeline, "state": state, "ephemeral": NOTHING, "account_data": NOTHING}
+    return {"room": room, "presence": NOTHING, "account_data": NOTHING}
+
+
+SYNC_FILTER, POSITION_FILTER = sync_filter(MESSAGES), sync_filter(NOTHING)
+
+
+def backoff() -> Iterator[float]:
+    """Yield how long to wait before each further attempt, in s."""
+    delay = 0.25
+    while True:
+        yield delay * random.uniform(0.5, 1)
+        delay = min(2 * delay, MAX_BACKOFF)
 
 
 def part(whole: Any, kind: type, *path: str) -> Any:
@@ -679,68 +664,128 @@ def part(whole: Any, kind: type, *path: str) -> Any:
     return whole if isinstance(whole, kind) else kind()
 
 
-def open_client(homeserver: str, user: str = "") -> Client:
-    """Return a client for a homeserver's base URL that leaves errors to us."""
-    config = AsyncClientConfig(max_timeouts=0, request_timeout=REQUEST_TIMEOUT)
-    client = Client(homeserver.rstrip("/"), user, DEVICE_ID, config=config)
-    url = urlsplit(homeserver)
-    is_direct = urllib.request.proxy_bypass(url.hostname or "")
-    proxy = None if is_direct else urllib.request.getproxies().get(url.scheme)
-    if proxy:
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        if not is_base_url(re.sub("//.*@", "//", proxy)):
-            name = f"{url.scheme.upper()}_PROXY"
-            raise Exit(78, f"{name} is malformed: set it to a URL like http://host:3128")
-    # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
-    connector = aiohttp.TCPConnector(limit=MAX_CONNECTIONS)
-    client.client_session = aiohttp.ClientSession(connector=connector, proxy=proxy)
-    return client
+async def find_homeserver(user: str, session: JSON | None) -> str:
+    """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
+    server_name = user.partition(":")[2]
+    client = Client("https://" + re.sub(r":\d+$", "", server_name), user)
 
+    async def look_up() -> str:
+        try:
+            found = await client.discovery_info()
+            return str(part(found, dict, "m.homeserver").get("base_url"))
+        except Failure as failure:
+            if failure.status == 404:
+                return f"https://{server_name}"
+            if session:
+                return str(session["homeserver"])
+            raise
 
-class Session(NamedTuple):
-    """What session.json holds: where we are logged in, and as whom."""
-
-    homeserver: str
-    user_id: str
-    device_id: str
-    access_token: str
-
-    def belongs_to(self, settings: Settings) -> bool:
-        """Tell whether it is of the user and, if one is given, the homeserver of the settings."""
-        is_user = same_user(self.user_id, settings.matrix_user)
-        return is_user and settings.matrix_homeserver.rstrip("/") in ("", self.homeserver)
-
-
-def same_user(user_id: str, user: str) -> bool:
-    """Tell whether a user ID is that of a user ID or localpart."""
-    user_id, user = user_id.lower(), user.lower()
-    return user == user_id or f"@{user}" == user_id.partition(":")[0]
-
-
-def load_session(directory: str) -> Session | None:
-    """Return the session that was saved in a state directory, None if there is none."""
     try:
-        fields = json.loads(Path(directory, "session.json").read_bytes())
-        return Session(**{name: str(value) for name, value in fields.items()})
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, AttributeError):
-        log.error("session.json in %s can't be read: logging in anew", directory)
-        return None
+        return str(await client.persist(look_up, f"finding the homeserver of {server_name}"))
+    finally:
+        await client.close()
 
 
-def load_next_batch(directory: str) -> str | None:
-    """Return the sync token that was saved in a state directory, None if there is none."""
+async def log_in(client: Client, settings: Settings, state: State) -> None:
+    """Log in, on the same device as before; raise Exit if that is refused."""
+    user, token = settings.matrix_user, settings.matrix_access_token
+    # Another client: some homeservers refuse a login that carries an access token they forgot.
+    newcomer = Client(client.homeserver, user)
+    newcomer.access_token = token
     try:
-        next_batch = Path(directory, "next_batch").read_text(errors="replace").strip()
-    except FileNotFoundError:
+        found = await newcomer.persist(
+            lambda: (
+                newcomer.whoami() if token else newcomer.login(settings.matrix_password, "echobot")
+            ),
+            f"the login at {client.homeserver}",
+            final=range(400, 500),
+        )
+    except Failure as failure:
+        secret = "MATRIX_ACCESS_TOKEN" if token else "MATRIX_PASSWORD"
+        problem = f"{client.homeserver} refuses {user}: {failure}"
+        raise Exit(77, f"{problem}; check MATRIX_USER and {secret}") from None
+    finally:
+        await newcomer.close()
+    if found["user_id"] != user:
+        raise Exit(
+            78, f"the homeserver knows the bot as {found['user_id']}: set MATRIX_USER to that"
+        )
+    device_id = found.get("device_id") or DEVICE_ID
+    client.restore_login(user, device_id, token or found["access_token"])
+    state.save_session(
+        homeserver=client.homeserver,
+        user_id=user,
+        device_id=device_id,
+        access_token="" if token else client.access_token,
+    )
+
+
+@dataclass
+class State:
+    """The state directory: next_batch and session.json, which hold the old or the new, whole."""
+
+    directory: Path
+    failing: bool = False
+
+    def lock(self) -> None:
+        """Keep the directory for this process until it ends; raise Exit if it can't be used."""
+        try:
+            fcntl.flock(os.open(self.directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (self.directory / "next_batch.tmp").touch(0o600)
+        except BlockingIOError:
+            problem = f"another copy is running on the state directory {self.directory}"
+            raise Exit(75, f"{problem}: stop it, or set another STATE_DIRECTORY") from None
+        except OSError as error:
+            problem = f"can't use the state directory {self.directory} ({error.strerror})"
+            raise Exit(78, f"{problem}: set STATE_DIRECTORY to one that is writable") from None
+
+    def load_session(self, user: str) -> JSON | None:
+        """Return the session that was saved, None if there is none of this user."""
+        try:
+            session = json.loads((self.directory / "session.json").read_bytes())
+            names = ("homeserver", "user_id", "device_id", "access_token")
+            session = {name: str(session[name]) for name in names}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError):
+            log.error("session.json in %s can't be read: logging in anew", self.directory)
+            return None
+        if session["user_id"] == user:
+            return session
+        log.warning("Not using the state of %s", session["user_id"])
+        with contextlib.suppress(OSError):
+            (self.directory / "session.json").unlink()
+            (self.directory / "next_batch").unlink(missing_ok=True)
         return None
-    except OSError as error:
-        raise Exit(78, f"can't read next_batch in {directory} ({error.strerror})") from None
-    if not re.fullmatch(r"[!-~]{1,4096}", next_batch):
-        log.error("next_batch in %s is no sync token: starting from now instead", directory)
-        return None
-    return next_batch
+
+    def load_next_batch(self) -> str | None:
+        """Return the sync token that was saved, None if there is none."""
+        try:
+            next_batch = (self.directory / "next_batch").read_text(errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise Exit(78, f"can't read next_batch in {self.directory}: {error.strerror}") from None
+        if not next_batch:
+            log.error("next_batch in %s is empty: starting from now instead", self.directory)
+        return next_batch
+
+    def save_session(self, **session: str) -> None:
+        """Save where and as whom we are logged in."""
+        try:
+            replace_file(self.directory / "session.json", json.dumps(session))
+        except OSError as error:
+            log.error("Can't save session.json: %s; answering goes on", error.strerror)
+
+    async def save_next_batch(self, next_batch: str) -> None:
+        """Save a sync token; tell once if that fails."""
+        try:
+            await asyncio.to_thread(replace_file, self.directory / "next_batch", next_batch)
+            self.failing = False
+        except OSError as error:
+            if not self.failing:
+                log.error("Can't save next_batch: %s; answering goes on", error.strerror)
+            self.failing = True
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -758,22 +803,9 @@ def replace_file(path: Path, text: str) -> None:
         os.close(directory)
 
 
-def lock(directory: str) -> None:
-    """Keep a state directory for this process until it ends; raise Exit if that is not possible."""
-    try:
-        fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        Path(directory, "next_batch.tmp").touch(0o600)
-    except BlockingIOError:
-        problem = f"another copy is running on the state directory {directory}"
-        raise Exit(75, f"{problem}: stop it, or set another STATE_DIRECTORY") from None
-    except OSError as error:
-        problem = f"can't use the state directory {directory} ({error.strerror})"
-        raise Exit(78, f"{problem}: set STATE_DIRECTORY to one that is writable") from None
-
-
 @dataclass(frozen=True)
 class Settings:
-    """The environment variables of the module's docstring."""
+    """The environment variables of USAGE."""
 
     matrix_user: str = ""
     matrix_password: str = ""
@@ -783,45 +815,20 @@ class Settings:
     state_directory: str = "."
     log_level: str = "INFO"
 
-    def problems(self) -> Iterator[str]:
-        """Yield what to do about each variable that is missing or malformed."""
-        user, url, token = self.matrix_user, self.matrix_homeserver, self.matrix_access_token
-        if not re.fullmatch(r"@[^\s:]+:[^\s/@]+|[^\s:@]+", user):
-            yield "MATRIX_USER is missing or malformed: set it to a user ID like @bot:example.org"
-        if not self.matrix_password and not token:
-            yield "MATRIX_PASSWORD is missing: set it, or MATRIX_ACCESS_TOKEN"
-        if not re.fullmatch(r"[!-~]*", token):
-            yield "MATRIX_ACCESS_TOKEN is malformed: set it to an access token, without spaces"
-        if not url and user and ":" not in user:
-            yield "MATRIX_HOMESERVER is missing: set it, or MATRIX_USER to a full user ID"
-        if url and not is_base_url(url):
-            yield "MATRIX_HOMESERVER is malformed: set it to a URL like https://example.org"
-        if not re.fullmatch(r"\s*([@*?[]\S*(\s+|$))+", self.matrix_inviters):
-            yield "MATRIX_INVITERS is malformed: set it to user ID patterns like @*:example.org"
-        if self.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            yield "LOG_LEVEL is malformed: set it to DEBUG, INFO, WARNING or ERROR"
-        if not Path(self.state_directory).is_dir():
-            yield f"STATE_DIRECTORY {self.state_directory} is no directory: set it to one"
-
-
-def read_settings(environment: Mapping[str, str]) -> Settings:
-    """Return the settings; raise Exit with all that is missing or malformed."""
-    given = [name for name in Settings.__annotations__ if environment.get(name.upper())]
-    settings = Settings(**{name: environment[name.upper()] for name in given})
-    if problems := list(settings.problems()):
-        raise Exit(78, "; ".join(problems))
-    return settings
-
-
-def is_base_url(text: str) -> bool:
-    """Tell whether a text is an http or https URL with a host and a port that can be."""
-    try:
-        url = urlsplit(text)
-        host = (url.hostname or "").encode("idna")
-        is_clean = not re.search(r"[\s?#@]", text)
-        return is_clean and url.scheme in ("http", "https") and bool(host) and url.port != 0
-    except ValueError:
-        return False
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Return the settings; raise Exit with all that is missing."""
+        given = {name: os.environ.get(name.upper()) for name in cls.__annotations__}
+        settings = cls(**{name: value for name, value in given.items() if value})
+        missing = [] if settings.matrix_user else ["MATRIX_USER (like @bot:example.org)"]
+        if not settings.matrix_password and not settings.matrix_access_token:
+            missing.append("MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN")
+        if missing:
+            raise Exit(78, f"set {' and '.join(missing)}; --help tells of all variables")
+        for name, value in given.items():
+            if value and not value.isprintable():
+                raise Exit(78, f"{name.upper()} is malformed (no UTF-8?): set it anew")
+        return settings
 
 
 def set_up_logging(level: str) -> None:
@@ -835,7 +842,10 @@ def set_up_logging(level: str) -> None:
         level=logging.CRITICAL,
         format=f"{'' if in_journal else '%(asctime)s '}%(levelname)s %(message)s",
     )
-    log.setLevel(level.upper())
+    try:
+        log.setLevel(level.upper())
+    except ValueError:
+        raise Exit(78, "LOG_LEVEL is unknown: set it to DEBUG, INFO, WARNING or ERROR") from None
 
 
 def notify(state: str) -> None:
@@ -846,15 +856,6 @@ def notify(state: str) -> None:
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
         ):
             systemd.sendto(state.encode(), re.sub("^@", "\0", address))
-
-
-async def feed_watchdog(homeserver: Homeserver) -> None:
-    """Tell systemd's watchdog that the bot is alive, for as long as its polls go on."""
-    interval = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6
-    while interval:
-        if time.monotonic() < homeserver.alive_until:
-            notify("WATCHDOG=1")
-        await asyncio.sleep(interval)
 
 
 if __name__ == "__main__":
