@@ -197,6 +197,8 @@ class Scripted:
                 if key not in self.transactions:
                     room = self.find(room_id, "join")
                     self.transactions[key] = room.add(kind, BOT, await request.json())
+                    # Those who sent an event see by this that it is theirs.
+                    room.events[-1][1]["unsigned"]["transaction_id"] = transaction_id
                 return {"event_id": self.transactions[key]}
         raise MatrixError(404, {"errcode": "M_UNRECOGNIZED"})
 
