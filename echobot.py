@@ -34,6 +34,7 @@ import traceback
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
@@ -83,6 +84,7 @@ QUIET_INTERVAL = 0.5  # s between two polls that bring nothing
 REQUEST_TIMEOUT = 60  # s that any other request may take
 MAX_BACKOFF = 60  # s between two attempts, unless the homeserver asks for more
 MAX_RETRY_AFTER = 120  # s
+TURN = 5  # s that one of those that are rate limited may hold up the others
 REFUSAL_PATIENCE = 60  # s that a room may be refused: some servers do so just after an invitation
 PATIENCE = 600  # s that a room may fail otherwise while syncs succeed, or reply_to may take
 
@@ -97,6 +99,7 @@ ACCOUNT_STATES = (
 )
 
 JSON = dict[str, Any]
+Request = Callable[[], Awaitable[Any]]
 log = logging.getLogger("echobot")
 
 
@@ -150,8 +153,12 @@ async def run(settings: Settings, state: State) -> None:
     session = state.load_session(settings.matrix_user)
     homeserver = settings.matrix_homeserver or await find_homeserver(settings.matrix_user, session)
     client = Client(homeserver, settings.matrix_user)
+    if not re.match(r"https:|http://(localhost|127\.[\d.]+|\[::1\])(:|/|$)", homeserver):
+        log.warning("%s is not encrypted: others can read along", homeserver)
     if session and session["access_token"] and not settings.matrix_access_token:
         client.restore_login(session["user_id"], session["device_id"], session["access_token"])
+        if session["homeserver"] != client.homeserver:
+            state.save_session(**{**session, "homeserver": client.homeserver})
     else:
         await log_in(client, settings, state)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
@@ -169,7 +176,7 @@ async def sync_forever(client: Client, settings: Settings, state: State) -> None
     rooms = Rooms(client, settings.matrix_inviters.split())
     since = state.load_next_batch() or await position_of_now(client, settings, state)
     saved = asyncio.create_task(rooms.answer_pending_invitations(since))
-    timeout = 1  # ms; one process after the other must not ask the same, or Synapse repeats itself
+    timeout = random.randrange(1, 100)  # ms; see new_timeout
     while True:
         started = time.monotonic()
         try:
@@ -178,6 +185,8 @@ async def sync_forever(client: Client, settings: Settings, state: State) -> None
             log.error("The homeserver refuses next_batch (%s): starting from now instead", refusal)
             since = await position_of_now(client, settings, state)
             continue
+        if timeout < SYNC_TIMEOUT:
+            notify("READY=1")
         answering = rooms.start_answering(response, since)
         since = response["next_batch"]
         saved = asyncio.create_task(save_after([saved, *answering], state, since))
@@ -186,9 +195,17 @@ async def sync_forever(client: Client, settings: Settings, state: State) -> None
         timeout = SYNC_TIMEOUT
 
 
+def new_timeout() -> int:
+    """Return a timeout in ms for a sync without `since`, another one each time.
+
+    Synapse repeats a response for two minutes to who asks the same, after a restart of the bot too.
+    """
+    return random.randrange(3 * SYNC_TIMEOUT, 4 * SYNC_TIMEOUT)
+
+
 async def position_of_now(client: Client, settings: Settings, state: State) -> str:
     """Return and save the position to start from when there is none."""
-    response = await poll(client, settings, state, 4 * SYNC_TIMEOUT, POSITION_FILTER, None)
+    response = await poll(client, settings, state, new_timeout(), POSITION_FILTER, None)
     # At once: a kill must not make the next start a first one again.
     await state.save_next_batch(response["next_batch"])
     return str(response["next_batch"])
@@ -199,7 +216,7 @@ async def poll(
 ) -> JSON:
     """Return the next sync response (`timeout` in ms); raise Failure if `since` is refused."""
 
-    async def sync() -> JSON:
+    async def sync() -> Any:
         notify("WATCHDOG=1")
         try:
             return await client.sync(timeout, which, since)
@@ -209,8 +226,7 @@ async def poll(
                 await log_in(client, settings, state)
             raise
 
-    response = await client.persist(sync, "the sync", final=[400] if since else [])
-    notify("READY=1")
+    response: JSON = await client.persist(sync, "the sync", final=[400] if since else [])
     return response
 
 
@@ -228,6 +244,7 @@ class Rooms(dict[str, "Room"]):
         self.client, self.inviters = client, inviters
 
     def __missing__(self, room_id: str) -> Room:
+        """Make a room when it is first asked for."""
         self[room_id] = Room(self.client, room_id)
         return self[room_id]
 
@@ -247,7 +264,7 @@ class Rooms(dict[str, "Room"]):
         """Answer the invitations of which only a sync without `since` tells again."""
         with contextlib.suppress(Failure):
             overview = await self.client.persist(
-                lambda: self.client.sync(4 * SYNC_TIMEOUT, POSITION_FILTER),
+                lambda: self.client.sync(new_timeout(), POSITION_FILTER),
                 "the sync for pending invitations",
                 Patience(),
             )
@@ -278,12 +295,15 @@ class Room:
     async def answer_timeline(self, timeline: JSON, since: str, response: JSON) -> None:
         """Answer the room's part of a sync response, and what it left out."""
         async with self.turn:
-            events: list[Any] = []
+            events = part(timeline, list, "events")
             if part(timeline, bool, "limited") or self.just_joined:
-                events = await self.read_gap(since, response["next_batch"])
+                gap = await self.read_gap(since, response["next_batch"])
+                known = self.seen.union(part(event, str, "event_id") for event in gap)
+                # The gap may stop early; what the timeline has before its end is older than it.
+                new = takewhile(lambda e: part(e, str, "event_id") not in known, reversed(events))
+                events = gap + list(new)[::-1]
             self.just_joined = False
-            # Also after a gap: some homeservers stop before its end.
-            await self.answer_events(events + part(timeline, list, "events"))
+            await self.answer_events(events)
             self.seen.clear()
 
     def is_new(self, invitation: Any) -> bool:
@@ -325,22 +345,22 @@ class Room:
         events: list[Any] = []
         positions: set[str] = set()
         delays, news = backoff(), time.monotonic()
+        what = f"reading {self.room_id}"
+
+        async def read() -> Any:
+            forward = MessageDirection.front
+            return await self.client.room_messages(self.room_id, since, to, forward, 100, MESSAGES)
+
         with contextlib.suppress(Failure):
             while since and since not in positions:
                 positions.add(since)
-                page = await self.client.persist(
-                    lambda: self.client.room_messages(
-                        self.room_id, since, to, MessageDirection.front, 100, MESSAGES
-                    ),
-                    f"reading {self.room_id}",
-                    self.patience,
-                )
+                page = await self.client.persist(read, what, self.patience)
                 events += page["chunk"]
                 since = part(page, str, "end")
                 if page["chunk"]:
                     delays, news = backoff(), time.monotonic()
                 elif time.monotonic() - news > PATIENCE:
-                    log.warning("Gave up on reading %s: its pages never end", self.room_id)
+                    log.warning("Gave up on %s: its pages never end", what)
                     break
                 elif since:
                     await asyncio.sleep(next(delays))
@@ -527,44 +547,42 @@ class Client(AsyncClient):
         self.sync_failed_at = 0.0  # monotonic s
 
     async def persist(
-        self,
-        request: Callable[[], Awaitable[Any]],
-        what: str,
-        patience: Patience | None = None,
-        final: Any = (400, 413),
+        self, request: Request, what: str, patience: Patience | None = None, final: Any = (400, 413)
     ) -> Any:
         """Return the response of a request: repeat it until it succeeds or is refused for good.
 
-        Raise Failure then: at once for an HTTP status in `final`, later for what the patience with
-        a room ends. `what` names the request in the log.
+        Raise Failure then. `what` names the request in the log; `final` has HTTP statuses.
         """
         causes: set[str] = set()
         delays, wait = backoff(), 0.0
         while True:
             # One at a time of those that are limited, or they would ask all for each free slot.
-            async with self.limited if patience and wait > 0 else contextlib.nullcontext():
+            async with self.limited if patience and wait else contextlib.nullcontext():
                 await asyncio.sleep(wait)
                 try:
                     response = await request()
-                    break
                 except Failure as error:
                     failure = error
+                else:
+                    self.note_success(what, patience, causes)
+                    return response
             if self.is_final(failure, patience, final):
                 log.warning("Gave up on %s: %s", what, failure)
                 raise failure
+            is_limited = failure.status == 429
             if str(failure) not in causes:
                 causes.add(str(failure))
-                level = logging.INFO if failure.status == 429 else logging.WARNING
+                level = logging.INFO if is_limited else logging.WARNING
                 log.log(level, "Trouble with %s: %s; trying again", what, failure)
-            wait = failure.retry_after if failure.status == 429 else 0
-            # The turn among the limited lasts seconds: a longer wait would hold up the others.
-            await asyncio.sleep(max(wait - 5, 0) if wait else next(delays))
-            wait = min(wait, 5)
+            wait = min(failure.retry_after, TURN) if is_limited else 0
+            await asyncio.sleep(failure.retry_after - wait if is_limited else next(delays))
+
+    def note_success(self, what: str, patience: Patience | None, causes: set[str]) -> None:
+        """Log that trouble is over, and forget since when a room has failed."""
         if causes:
             log.info("No more trouble with %s", what)
         if patience:
             patience.failing_since = 0
-        return response
 
     def is_final(self, failure: Failure, patience: Patience | None, final: Any) -> bool:
         """Tell whether a failure is for good: the one predicate for what is not repeated."""
@@ -582,16 +600,10 @@ class Client(AsyncClient):
         failed_for = now - max(patience.failing_since, self.sync_failed_at)
         return failed_for > (REFUSAL_PATIENCE if is_refused else PATIENCE)
 
-    async def send(
-        self,
-        method: str,
-        path: str,
-        data: Any = None,
-        headers: dict[str, str] | None = None,
-        trace_context: Any = None,
-        timeout: float | None = None,
-    ) -> aiohttp.ClientResponse:
+    async def send(self, method: Any, path: Any, *body: Any, **_: Any) -> aiohttp.ClientResponse:
         """Send a request through the proxy of the environment; `timeout` is in s."""
+        data, headers, _trace_context, timeout = body
+        assert self.client_session
         return await self.client_session.request(
             method,
             self.homeserver + path,
@@ -623,9 +635,7 @@ class Client(AsyncClient):
         except (ValueError, RecursionError):
             body = None
         key, kind = REQUIRED.get(response_class, ("", dict))
-        if status == 200 and isinstance(
-            body.get(key) if key and isinstance(body, dict) else body, kind
-        ):
+        if status == 200 and isinstance(body, dict) and isinstance(body.get(key, body), kind):
             return body
         errcode = part(body, str, "errcode")
         seconds = transport_response.headers.get("Retry-After", "")
@@ -694,9 +704,7 @@ async def log_in(client: Client, settings: Settings, state: State) -> None:
     newcomer.access_token = token
     try:
         found = await newcomer.persist(
-            lambda: (
-                newcomer.whoami() if token else newcomer.login(settings.matrix_password, "echobot")
-            ),
+            lambda: newcomer.whoami() if token else newcomer.login(settings.matrix_password),
             f"the login at {client.homeserver}",
             final=range(400, 500),
         )
@@ -707,9 +715,7 @@ async def log_in(client: Client, settings: Settings, state: State) -> None:
     finally:
         await newcomer.close()
     if found["user_id"] != user:
-        raise Exit(
-            78, f"the homeserver knows the bot as {found['user_id']}: set MATRIX_USER to that"
-        )
+        raise Exit(78, f"the login is of {found['user_id']}: set MATRIX_USER to that")
     device_id = found.get("device_id") or DEVICE_ID
     client.restore_login(user, device_id, token or found["access_token"])
     state.save_session(
@@ -726,6 +732,7 @@ class State:
 
     directory: Path
     failing: bool = False
+    is_foreign: bool = False  # of another user, until our own login is saved
 
     def lock(self) -> None:
         """Keep the directory for this process until it ends; raise Exit if it can't be used."""
@@ -753,9 +760,7 @@ class State:
         if session["user_id"] == user:
             return session
         log.warning("Not using the state of %s", session["user_id"])
-        with contextlib.suppress(OSError):
-            (self.directory / "session.json").unlink()
-            (self.directory / "next_batch").unlink(missing_ok=True)
+        self.is_foreign = True
         return None
 
     def load_next_batch(self) -> str | None:
@@ -773,6 +778,9 @@ class State:
     def save_session(self, **session: str) -> None:
         """Save where and as whom we are logged in."""
         try:
+            if self.is_foreign:
+                (self.directory / "next_batch").unlink(missing_ok=True)
+            self.is_foreign = False
             replace_file(self.directory / "session.json", json.dumps(session))
         except OSError as error:
             log.error("Can't save session.json: %s; answering goes on", error.strerror)
