@@ -36,7 +36,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlsplit
 
 import aiohttp
@@ -189,6 +189,8 @@ async def sync_forever(client: Client, settings: Settings, state: State) -> None
             notify("READY=1")
         answering = rooms.start_answering(response, since)
         since = response["next_batch"]
+        if saved.done():
+            saved.result()  # A bug there ends the bot: its position would never move again.
         saved = asyncio.create_task(save_after([saved, *answering], state, since))
         if not answering and timeout == SYNC_TIMEOUT:
             await asyncio.sleep(started + QUIET_INTERVAL - time.monotonic())
@@ -226,8 +228,7 @@ async def poll(
                 await log_in(client, settings, state)
             raise
 
-    response: JSON = await client.persist(sync, "the sync", final=[400] if since else [])
-    return response
+    return cast(JSON, await client.persist(sync, "the sync", final=[400] if since else []))
 
 
 async def save_after(tasks: list[asyncio.Task[None]], state: State, next_batch: str) -> None:
@@ -268,7 +269,8 @@ class Rooms(dict[str, "Room"]):
                 "the sync for pending invitations",
                 Patience(),
             )
-            await asyncio.gather(*self.start_answering({"rooms": overview["rooms"]}, since))
+            invited = part(overview, dict, "rooms", "invite")
+            await asyncio.gather(*self.start_answering({"rooms": {"invite": invited}}, since))
 
 
 @dataclass
@@ -289,7 +291,7 @@ class Room:
     seen: set[str] = field(default_factory=set)  # event IDs that the next timeline may repeat
     just_joined: bool = False
     told_encrypted: bool = False
-    invitation: Any = None  # the last one, and when it may be tried again
+    invitation: Any = None  # the last one that brought no join, and when it may be tried again
     not_before: float = 0
 
     async def answer_timeline(self, timeline: JSON, since: str, response: JSON) -> None:
@@ -333,7 +335,7 @@ class Room:
                     return
                 await client.persist(lambda: client.join(self.room_id), what, self.patience)
                 log.info("Joined %s, invited by %s", self.room_id, inviter)
-                self.just_joined = True
+                self.just_joined, self.invitation = True, None
                 # Up to now: the polls since the invitation have told nothing of this room.
                 await self.answer_events(await self.read_gap(since, None))
 
