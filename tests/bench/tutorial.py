@@ -5,39 +5,30 @@ It saves the sync token as soon as it has it, answers afterwards and looks at ti
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from nio import AsyncClient, RoomMessageText
 
 COMMAND = "!replybot"
+TOKEN_FILE = Path(os.environ["STATE_DIRECTORY"], "next_batch")
 
 
-async def main(token_file: Path) -> None:
+async def main(next_batch: str, save: Callable[[str], object]) -> None:
     """Log in, then sync and answer for ever."""
     client = AsyncClient(os.environ["MATRIX_HOMESERVER"], os.environ["MATRIX_USER"])
     await client.login(os.environ["MATRIX_PASSWORD"])
-    client.next_batch = load(token_file)
+    client.next_batch = next_batch
     while True:
         answer = await client.sync(30000)
-        save(token_file, answer.next_batch)
+        save(answer.next_batch)
         for room_id in answer.rooms.invite:
             await client.join(room_id)
         for room_id, room in answer.rooms.join.items():
             for event in room.timeline.events:
                 if isinstance(event, RoomMessageText) and event.body.startswith(COMMAND):
-                    reply = event.body.replace(COMMAND, "").strip()
-                    content = {"msgtype": "m.text", "body": reply}
+                    content = {"msgtype": "m.text", "body": event.body.replace(COMMAND, "").strip()}
                     await client.room_send(room_id, "m.room.message", content)
 
 
-def load(token_file: Path) -> str:
-    """Return the saved sync token, if there is one."""
-    return token_file.read_text() if token_file.exists() else ""
-
-
-def save(token_file: Path, next_batch: str) -> None:
-    """Save the sync token."""
-    token_file.write_text(next_batch)
-
-
-asyncio.run(main(Path(os.environ["STATE_DIRECTORY"], "next_batch")))
+asyncio.run(main(TOKEN_FILE.read_text() if TOKEN_FILE.exists() else "", TOKEN_FILE.write_text))
