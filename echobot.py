@@ -275,8 +275,9 @@ class Rooms(dict[str, "Room"]):
 
 @dataclass
 class Patience:
-    """Since when a room's requests have failed without a success, in monotonic s; 0: they don't."""
+    """Since when a room's requests were refused or failed otherwise, in monotonic s; 0: neither."""
 
+    refused_since: float = 0
     failing_since: float = 0
 
 
@@ -587,7 +588,7 @@ class Client(AsyncClient):
         if causes:
             log.info("No more trouble with %s", what)
         if patience:
-            patience.failing_since = 0
+            patience.failing_since = patience.refused_since = 0
 
     def is_final(self, failure: Failure, patience: Patience | None, final: Any) -> bool:
         """Tell whether a failure is for good: the one predicate for what is not repeated."""
@@ -600,10 +601,13 @@ class Client(AsyncClient):
         if patience is None:
             self.sync_failed_at = now
             return False
+        sound_since = self.sync_failed_at
+        if failure.errcode and 400 <= failure.status < 500 and failure.status != 401:
+            patience.failing_since = 0
+            patience.refused_since = patience.refused_since or now
+            return now - max(patience.refused_since, sound_since) > REFUSAL_PATIENCE
         patience.failing_since = patience.failing_since or now
-        is_refused = failure.errcode and 400 <= failure.status < 500 and failure.status != 401
-        failed_for = now - max(patience.failing_since, self.sync_failed_at)
-        return failed_for > (REFUSAL_PATIENCE if is_refused else PATIENCE)
+        return now - max(patience.failing_since, sound_since) > PATIENCE
 
     async def send(self, method: Any, path: Any, *body: Any, **_: Any) -> aiohttp.ClientResponse:
         """Send a request through the proxy of the environment; `timeout` is in s."""

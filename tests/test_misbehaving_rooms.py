@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import support.proxy as faults
-from support.bot import Bot, fork
+from support.bot import Bot, eventually, fork
 from support.homeserver import SERVER_NAME
 from support.people import People, Room
 from support.proxy import POLL, SYNC, Proxy
@@ -150,6 +150,11 @@ async def test_failing_sends_are_not_given_up_while_syncs_fail_too(
 ) -> None:
     """However long the homeserver is away, it is not the room that fails."""
     await quick_bot.run()
+
+    async def polls_long() -> bool:
+        return proxy.count(POLL) > 1
+
+    await eventually(polls_long)
     with (
         proxy.inject(faults.internal_error, POLL) as down,
         proxy.inject(faults.internal_error, sends_to(room.room_id)) as failing,

@@ -62,7 +62,7 @@ def test_echobot_is_read_in_ten_minutes() -> None:
     People read this file before they trust it with an account, and copy it to make a bot of their
     own: what does not fit into that they will not know. Fewer concepts, not denser lines.
     """
-    assert len(ECHOBOT.read_text().splitlines()) <= 876
+    assert len(ECHOBOT.read_text().splitlines()) <= 880
     lengths = {
         node.name: (node.end_lineno or 0) - node.lineno + 1
         for node in ast.walk(TREE)
