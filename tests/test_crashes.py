@@ -88,15 +88,15 @@ async def test_crash_between_send_and_answer_does_not_double_the_reply(
     await proxied_bot.start()
     await room.command("second")
     assert await room.replies(2) == ["first", "second"]
-    # After a login the reply may first be refused once more, with the old token.
-    assert 3 <= proxy.count(SEND) <= 3 + is_logged_out
+    # The sync after the start tells that the first is answered; if not yet, it is sent again.
+    assert 2 <= proxy.count(SEND) <= 3 + is_logged_out
     assert proxy.count(LOGIN) == 1 + is_logged_out
 
 
 async def test_crash_between_reply_and_save_does_not_double_the_reply(
     room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """Killed after replies, and started from the position before them."""
+    """Killed after replies, and started from the position before them: they are recognised."""
     await proxied_bot.run()
     before = proxied_bot.next_batch
     await room.command(0, 1, 2)
@@ -106,4 +106,4 @@ async def test_crash_between_reply_and_save_does_not_double_the_reply(
     await proxied_bot.start()
     await room.command(3)
     assert await room.replies(4) == ["0", "1", "2", "3"]
-    assert proxy.count(SEND) == 7
+    assert proxy.count(SEND) == 4
