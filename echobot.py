@@ -40,18 +40,7 @@ from typing import Any, NoReturn, cast
 from urllib.parse import quote, urlsplit
 
 import aiohttp
-from nio import (
-    AsyncClient,
-    AsyncClientConfig,
-    JoinResponse,
-    LoginResponse,
-    MessageDirection,
-    RoomMessagesResponse,
-    RoomMessageText,
-    RoomSendResponse,
-    SyncResponse,
-    WhoamiResponse,
-)
+from nio import AsyncClient, AsyncClientConfig, MessageDirection, RoomMessageText
 
 USAGE = """A Matrix bot that answers each message that starts with !replybot with the rest of it.
 
@@ -81,6 +70,7 @@ ENCRYPTED = (
 DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the device
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 QUIET_INTERVAL = 0.5  # s between two polls that bring nothing
+SAVE_INTERVAL = 0.1  # s between two writes of next_batch
 REQUEST_TIMEOUT = 60  # s that any other request may take
 MAX_BACKOFF = 60  # s between two attempts, unless the homeserver asks for more
 MAX_RETRY_AFTER = 120  # s
@@ -232,9 +222,9 @@ async def poll(
 
 
 async def save_after(tasks: list[asyncio.Task[None]], state: State, next_batch: str) -> None:
-    """Save a position once all that it stands for is done; a bug in that ends the bot."""
+    """Have a position saved once all that it stands for is done; a bug in that ends the bot."""
     await asyncio.gather(*tasks)
-    await state.save_next_batch(next_batch)
+    state.save_soon(next_batch)
 
 
 class Rooms(dict[str, "Room"]):
@@ -459,7 +449,7 @@ def transaction_id(event_id: str) -> str:
 async def call_reply_to(event: RoomMessageText) -> str | None:
     """Return what reply_to returns; raise what it raises, or TimeoutError after PATIENCE s."""
 
-    async def call() -> Any:
+    async def call() -> str | BaseException | None:
         try:
             return await reply_to(event)
         except BaseException as error:  # Even SystemExit, as of argparse, ends no bot.
@@ -473,8 +463,6 @@ async def call_reply_to(event: RoomMessageText) -> str | None:
     result = calling.result()
     if isinstance(result, BaseException):
         raise RuntimeError("reply_to failed") from result
-    if not isinstance(result, str | None):
-        raise TypeError("reply_to returned no text")
     return result
 
 
@@ -518,14 +506,14 @@ class Failure(Exception):
         self.status, self.errcode, self.retry_after = status, errcode, retry_after
 
 
-# What a response has if it is a success.
-REQUIRED: dict[type, tuple[str, type]] = {
-    JoinResponse: ("room_id", str),
-    LoginResponse: ("access_token", str),
-    RoomMessagesResponse: ("chunk", list),
-    RoomSendResponse: ("event_id", str),
-    SyncResponse: ("next_batch", str),
-    WhoamiResponse: ("user_id", str),
+# What a success has, by the names of nio's responses.
+REQUIRED: dict[str, tuple[str, type]] = {
+    "JoinResponse": ("room_id", str),
+    "LoginResponse": ("access_token", str),
+    "RoomMessagesResponse": ("chunk", list),
+    "RoomSendResponse": ("event_id", str),
+    "SyncResponse": ("next_batch", str),
+    "WhoamiResponse": ("user_id", str),
 }
 
 
@@ -643,7 +631,7 @@ class Client(AsyncClient):
             body = json.loads((await transport_response.read()).decode(errors="replace"))
         except (ValueError, RecursionError):
             body = None
-        key, kind = REQUIRED.get(response_class, ("", dict))
+        key, kind = REQUIRED.get(response_class.__name__, ("", dict))
         if status == 200 and isinstance(body, dict) and isinstance(body.get(key, body), kind):
             return body
         errcode = part(body, str, "errcode")
@@ -742,6 +730,8 @@ class State:
     directory: Path
     failing: bool = False
     is_foreign: bool = False  # of another user, until our own login is saved
+    newest: str = ""  # the newest position that may be saved
+    saving: asyncio.Task[None] | None = None
 
     def lock(self) -> None:
         """Keep the directory for this process until it ends; raise Exit if it can't be used."""
@@ -793,6 +783,20 @@ class State:
             replace_file(self.directory / "session.json", json.dumps(session))
         except OSError as error:
             log.error("Can't save session.json: %s; answering goes on", error.strerror)
+
+    def save_soon(self, next_batch: str) -> None:
+        """Save a sync token without waiting for that; of those that come meanwhile, the newest."""
+        self.newest = next_batch
+        if self.saving is None or self.saving.done():
+            self.saving = asyncio.create_task(self.save_newest())
+
+    async def save_newest(self) -> None:
+        """Save until the newest sync token is saved."""
+        saved = ""
+        while saved != self.newest:
+            saved = self.newest
+            await self.save_next_batch(saved)
+            await asyncio.sleep(SAVE_INTERVAL)
 
     async def save_next_batch(self, next_batch: str) -> None:
         """Save a sync token; tell once if that fails."""
@@ -868,11 +872,8 @@ def set_up_logging(level: str) -> None:
 def notify(state: str) -> None:
     """Tell systemd the state of the service, if it asked for it (see sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
-        ):
-            systemd.sendto(state.encode(), re.sub("^@", "\0", address))
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+            unix.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 if __name__ == "__main__":

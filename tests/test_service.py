@@ -54,8 +54,12 @@ async def test_trouble_is_logged_when_it_starts_and_when_it_ends(
         for room in rooms:
             await room.command(0, 1, 2)
         await gateway.happens(times=25)
-    with proxy.inject(faults.cut_before) as connection:
+    with (
+        proxy.inject(faults.cut_before, SYNC) as sync,
+        proxy.inject(faults.cut_before) as connection,
+    ):
         await connection.happens(times=15)
+        await sync.happens()
     for room in rooms:
         assert await room.replies(3) == ["0", "1", "2"]
     await quick_bot.logs("Answered", times=15)
