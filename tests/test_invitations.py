@@ -146,7 +146,7 @@ async def test_only_allowed_inviters_are_followed(
     if not is_running:
         await bot.run()
     await rejected.bot_is("leave")
-    await bot.logs(f"Rejected the invitation of {mallory.user_id} to {rejected.room_id}")
+    await bot.logs(f"Did not follow the invitation of {mallory.user_id} to {rejected.room_id}")
     await accepted.command("hello")
     assert await accepted.replies(1) == ["hello"]
 

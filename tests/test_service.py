@@ -10,7 +10,6 @@ import socket
 import subprocess
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from support.homeserver import User
 from support.people import People
 from support.proxy import POLL, SEND, SYNC, Proxy
 
-TIMESTAMP = r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3})Z "
+TIMESTAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
 
 
 async def test_log_has_a_line_for_each_thing_that_happened(
@@ -41,6 +40,7 @@ async def test_log_has_a_line_for_each_thing_that_happened(
         f"Joined {room.room_id}, invited by {alice.user_id}",
         f"Answered {first} in {room.room_id}",
         f"Answered {second} in {room.room_id}",
+        "echobot: stopped",
     ]
 
 
@@ -75,24 +75,6 @@ async def test_trouble_is_logged_when_it_starts_and_when_it_ends(
         assert len([line for line in lines if "WARNING" in line]) <= 2 * 3
         assert all(line.endswith("; trying again") for line in lines if "WARNING" in line)
         assert "No more trouble" in lines[-1]
-
-
-async def test_timestamps_are_utc_and_left_to_the_journal(bot: Bot) -> None:
-    """They are UTC whatever the time zone; left out if JOURNAL_STREAM names the file of stderr."""
-    bot.log_path.touch()
-    stderr = bot.log_path.stat()
-    bot.environment["TZ"] = "Asia/Tokyo"
-    for run, inode in ((1, stderr.st_ino + 1), (2, stderr.st_ino)):
-        bot.environment["JOURNAL_STREAM"] = f"{stderr.st_dev}:{inode}"
-        await bot.start()
-        await bot.ready(times=run)
-        await bot.stop()
-    with_timestamp, without = bot.log.splitlines()
-    match = re.match(f"{TIMESTAMP}INFO Logged in", with_timestamp)
-    assert match
-    logged = datetime.fromisoformat(match[1]).replace(tzinfo=UTC)
-    assert abs(datetime.now(UTC) - logged) < timedelta(minutes=5)
-    assert without.startswith("INFO Logged in")
 
 
 class Systemd:

@@ -265,19 +265,18 @@ async def test_last_homeserver_is_used_if_it_can_not_be_found(
     assert bot.session["homeserver"] == people.homeserver.url
 
 
-async def test_http_proxy_is_used_and_plain_http_warned_about(room: Room, proxy: Proxy) -> None:
-    """A homeserver whose name only the proxy knows is reached, after a warning."""
+async def test_http_proxy_is_used(room: Room, proxy: Proxy) -> None:
+    """A homeserver whose name only the proxy knows is reached."""
     async with new_bot("http://matrix.invalid", MATRIX_USER=room.bot_id) as bot:
         bot.environment["HTTP_PROXY"] = proxy.url
         await bot.run()
         await room.command("through the proxy")
         assert await room.replies(1) == ["through the proxy"]
-        assert "WARNING http://matrix.invalid is not encrypted" in bot.log
     assert proxy.count("http://matrix.invalid/")
 
 
 async def test_no_proxy_is_respected(bot: Bot) -> None:
-    """A proxy that is down does no harm to hosts that are excepted; loopback needs no warning."""
+    """A proxy that is down does no harm to hosts that are excepted."""
     bot.environment |= {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "example.org,127.0.0.1"}
     await bot.run()
     assert "WARNING" not in bot.log
