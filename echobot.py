@@ -12,8 +12,8 @@ rewrite one function: `reply_to`. Four rules keep the promise, whatever breaks o
    the same: the homeserver drops a reply that it has already.
 3. Read what was left out. If a timeline is limited, the messages since the last sync are read page
    by page, and then the timeline. What precedes the bot's own invitation is history.
-4. Persist. Every request is repeated until it succeeds or is refused for good, by one loop:
-   `Client.persist`. What is no network error is a bug: it is shown, not repeated.
+4. Persist. Every request is repeated by one loop, `Client.persist`, until it succeeds, is refused
+   for good, or fails for long in one room alone. What is no network error is a bug: it is shown.
 
 Environment (an empty variable counts as missing):
     MATRIX_USER          the full user ID; and MATRIX_PASSWORD, or MATRIX_ACCESS_TOKEN instead
@@ -26,9 +26,7 @@ Exit status: 0 stopped, 1 bug, 2 usage, 75 another copy runs, 77 credentials ref
 """
 
 import asyncio
-import contextlib
 import fcntl
-import functools
 import json
 import logging
 import os
@@ -40,7 +38,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from fnmatch import fnmatchcase
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -53,12 +53,12 @@ COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
 DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the device
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
-INTERVAL = 0.5  # s between two polls that bring nothing, and two positions that are saved
-MAX_WAIT = 60  # s that a request may take, and between two attempts; twice as long if told so
+INTERVAL = 0.5  # s between two polls that bring nothing, and that a poll may wait for replies
+MAX_WAIT = 60  # s without a sign of an answer, and between two attempts; twice that if told so
 REFUSAL_PATIENCE = 60  # s that a room may be refused: some servers do so just after an invitation
 PATIENCE = 600  # s that a room may fail otherwise while syncs succeed, or reply_to may take
-# What a person mends: it is waited for, at login too.
-ACCOUNT_STATES = "M_USER_LOCKED M_USER_SUSPENDED M_RESOURCE_LIMIT_EXCEEDED M_CONSENT_NOT_GIVEN"
+LONG_PATIENCE = 43_200  # s that it may be limited, or blocked until a person mends that
+BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 JSON = dict[str, Any]
 NOTHING: JSON = {"types": []}
 MESSAGES: JSON = {"types": ["m.room.message", "m.room.encrypted", "m.room.member"], "limit": 100}
@@ -99,8 +99,7 @@ async def main() -> None:
     client.use(setting("MATRIX_HOMESERVER") or await client.persist(client.discover, "discovery"))
     if token or not client.access_token:
         await client.persist(client.log_in, f"the login at {client.homeserver}")
-    else:
-        state.save("session.json", json.dumps({**state.session, "homeserver": client.homeserver}))
+    state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
     await sync_forever(client, state)
 
@@ -108,8 +107,8 @@ async def main() -> None:
 def setting(name: str, default: str = "") -> str:
     """Return an environment variable; an empty one counts as missing."""
     value = os.environ.get(name) or default
-    if re.search("[\ud800-\udfff]", value):
-        leave(78, f"{name} is malformed (no UTF-8): set it anew")
+    if re.search("[\0-\x1f\x7f\ud800-\udfff]", value):
+        leave(78, f"{name} is malformed (no UTF-8, or a line break in it): set it anew")
     return value
 
 
@@ -122,25 +121,26 @@ def leave(status: int, reason: str) -> NoReturn:
 
 async def sync_forever(client: "Client", state: "State") -> None:
     """Start to answer each sync response, and poll on without waiting for that."""
-    room = functools.cache(lambda room_id: Room(client, room_id))
+    room = cache(lambda room_id: Room(client, room_id))
+    # Without a since: it tells the position of a first start, and the invitations that wait.
     response = await client.persist(client.poll, "the sync")
     notify("READY=1")
-    client.next_batch = response["next_batch"] = state.next_batch or response["next_batch"]
-    polled_at, told = 0.0, {}
+    response["next_batch"] = state.next_batch or response["next_batch"]
+    old: JSON = {}  # invitations: some homeservers tell of them in every response
     async with asyncio.TaskGroup() as tasks:  # A bug in one of them ends the bot.
         # At once, or after a kill the next start would be a first one again.
-        saved = tasks.create_task(state.save_after([], client.next_batch))
+        pause = saved = tasks.create_task(state.save_after([], response["next_batch"]))
         while True:
             since, next_batch = client.next_batch, response["next_batch"]
+            # Not every homeserver heeds the filter: what came without a since is history.
             joined, invited = [part(response, dict, "rooms", k) for k in ("join", "invite")]
-            work = [room(i).answer_timeline(joined[i], since, next_batch) for i in joined]
-            # Some homeservers tell of an invitation in every response until it is followed.
-            work += [room(i).answer_invitation(invited[i], since) for i in invited if i not in told]
-            answering, told = [tasks.create_task(answer) for answer in work], invited
+            work = [room(i).answer_timeline(joined[i], since, next_batch) for i in joined if since]
+            work += [room(i).accept(invited[i], since or next_batch) for i in invited.keys() - old]
+            answering, old = [tasks.create_task(answer) for answer in work], invited
             saved = tasks.create_task(state.save_after([saved, *answering], next_batch))
-            if not joined:
-                await asyncio.sleep(polled_at + INTERVAL - time.monotonic())
-            client.next_batch, polled_at = next_batch, time.monotonic()
+            # Neither too far ahead of the replies, nor in a rush if there is nothing to answer.
+            await asyncio.wait(answering or [pause], timeout=INTERVAL)
+            client.next_batch, pause = next_batch, tasks.create_task(asyncio.sleep(INTERVAL))
             response = await client.persist(client.poll, "the sync")
             client.timeout = SYNC_TIMEOUT
 
@@ -149,55 +149,60 @@ class Room:
     """A room, and what is remembered of it until the process ends."""
 
     def __init__(self, client: "Client", room_id: str) -> None:
-        self.client, self.room_id = client, room_id
+        self.client, self.room_id, self.told_encrypted = client, room_id, False
         self.turn = asyncio.Lock()  # its parts are answered one after the other
         self.answered: set[str] = set()  # transaction IDs for what the next timeline may repeat
-        self.told_encrypted = False
-        self.patience, self.failing_since = 0.0, 0.0  # s; monotonic s
+        self.failing_since: dict[float, float] = {}  # monotonic s, by the patience of the failure
 
     async def answer_timeline(self, joined: JSON, since: str, next_batch: str) -> None:
         """Answer the room's timeline in a sync response, and before it what that leaves out."""
         async with self.turn:
             events = part(joined, list, "timeline", "events")
             if part(joined, bool, "timeline", "limited"):
-                events = await self.read_gap(since, next_batch, events)
+                events = await self.answer_gap(since, next_batch, events)
             await self.answer_events(events)
             self.answered.clear()
 
-    async def answer_invitation(self, invited: JSON, since: str) -> None:
+    async def accept(self, invited: JSON, since: str) -> None:
         """Join the room and answer what was said since the invitation, or reject that."""
         client, room_id = self.client, self.room_id
         events = part(invited, list, "invite_state", "events")
         senders = [part(event, str, "sender") for event in events if self.own_membership(event)]
         *_, inviter = ["nobody", *senders]  # All but the last are told by the inviter's homeserver.
         async with self.turn:
+            self.failing_since.clear()
             if not any(fnmatchcase(inviter, i) for i in setting("MATRIX_INVITERS", "*").split()):
                 await client.persist(lambda: client.room_leave(room_id), f"leaving {room_id}", self)
                 log.info("Did not follow the invitation of %s to %s", inviter, room_id)
             elif await client.persist(lambda: client.join(room_id), f"joining {room_id}", self):
                 log.info("Joined %s, invited by %s", room_id, inviter)
                 # Up to now: the polls since the invitation have told nothing of this room.
-                await self.answer_events(await self.read_gap(since, None, []))
+                await self.answer_events(await self.answer_gap(since, None, []))
 
-    async def read_gap(self, start: str, end: str | None, timeline: list[Any]) -> list[Any]:
-        """Return the events between two positions (default: now) and then the timeline's."""
-
-        async def read_page() -> Any:
-            forward = MessageDirection.front
-            return await self.client.room_messages(self.room_id, start, end, forward, 100, MESSAGES)
-
-        events: list[Any] = []
-        read, news_at = {"", end}, time.monotonic()
-        while start not in read and time.monotonic() - news_at < PATIENCE:
+    async def answer_gap(self, since: str, end: str | None, timeline: list[Any]) -> list[Any]:
+        """Answer what came between two positions (default: now); return what is left to answer."""
+        client, state, forward = self.client, self.client.state, MessageDirection.front
+        start = part(state.session, str, "gaps", since, self.room_id) or since
+        events, known = list[Any](), set[str]()
+        read, empty = {"", end}, 0  # A page without an end, or that goes round, is the last one.
+        while start not in read and empty < PATIENCE:
             read.add(start)
-            page = await self.client.persist(read_page, f"reading {self.room_id}", self)
-            start = part(page, str, "end")
-            if chunk := part(page, list, "chunk"):
-                events += chunk
-                news_at = time.monotonic()
-            elif start:
-                await asyncio.sleep(0.25 + (time.monotonic() - news_at) / 4)
-        known = {part(event, str, "event_id") for event in events}
+            request = partial(client.room_messages, self.room_id, start, end, forward, 20, MESSAGES)
+            page = await client.persist(request, f"reading {self.room_id}", self)
+            start, chunk = part(page, str, "end"), part(page, list, "chunk")
+            events += chunk
+            known |= {part(event, str, "event_id") for event in chunk}
+            empty = 0 if chunk else empty + 1
+            await asyncio.sleep(min(empty / 4, 1))
+            # By pages, so that a killed bot gets on; unless later events may tell what is history.
+            if all(part(event, str, "unsigned", "membership") for event in events):
+                await self.answer_events(events)
+                events = []
+                if since == state.next_batch:
+                    gap = {**part(state.session, dict, "gaps", since), self.room_id: start}
+                    state.save_session(gaps={since: gap})
+        if empty == PATIENCE:
+            log.warning("Gave up on reading %s: too many empty pages", self.room_id)
         # The pages may stop early; what the timeline has before their end is older than that.
         old = [n for n, event in enumerate(timeline, 1) if part(event, str, "event_id") in known]
         return events + timeline[max(old, default=0) :]
@@ -212,7 +217,8 @@ class Room:
         membership = part(change, str, "unsigned", "prev_content", "membership") or before
         for event in events:
             event_id = part(event, str, "event_id")
-            tx_id = transaction_id(event_id)
+            # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
+            tx_id = quote(event_id, safe="!$:", errors="replace").replace("%", "~")
             membership = self.own_membership(event) or membership
             told = part(event, str, "unsigned", "membership") or membership
             try:
@@ -254,15 +260,8 @@ class Room:
 
     def gives_up(self, failure: "Failure") -> bool:
         """Tell whether the room has been refused, or fails while syncs succeed, for too long."""
-        now = time.monotonic()
-        if failure.patience != self.patience:
-            self.patience, self.failing_since = failure.patience, now
-        return now - max(self.failing_since, self.client.sync_failed_at) >= self.patience
-
-
-def transaction_id(event_id: str) -> str:
-    """Return the transaction ID for a reply, safe in URLs: old event IDs have `/` and `+`."""
-    return quote(event_id, safe="!$:", errors="replace").replace("%", "~")
+        since = self.failing_since.setdefault(failure.patience, time.monotonic())
+        return time.monotonic() - max(since, self.client.sync_failed_at) >= failure.patience
 
 
 async def reply_content(event: RoomMessageText) -> JSON | None:
@@ -288,15 +287,17 @@ class Failure(Exception):
     """A request that failed, and why, quoting no message; `refusal`: the homeserver's 4xx, or 0."""
 
     def __init__(self, cause: str, status: int = 0, content: Any = None, headers: Any = None):
-        errcode, reason = part(content, str, "errcode"), part(content, str, "error").split()
-        super().__init__(f"{cause} {errcode} ({' '.join(reason)[:200]})" if errcode else cause)
+        errcode, reason = part(content, str, "errcode"), part(content, str, "error")
+        said = "".join(c if c.isprintable() else " " for c in f" {errcode} ({reason[:200]})")
+        super().__init__(cause + said if errcode else cause or "no answer in time")
         told, ms = (headers or {}).get("Retry-After", ""), part(content, int, "retry_after_ms")
-        seconds = (int(told) if told.isdecimal() else max(ms, 0) / 1000) or 1
-        self.status, self.retry_after = status, min(seconds, 2 * MAX_WAIT) if status == 429 else 0
-        is_awaited = self.retry_after or errcode in ACCOUNT_STATES.split()
-        self.refusal = status if errcode and 400 <= status < 500 and not is_awaited else 0
+        seconds = int(told[:9]) if told.isdecimal() else min(ms, 10**6) / 1000
+        self.retry_after = min(max(seconds, 0.25), 2 * MAX_WAIT) if status == 429 else 0
+        is_awaited = self.retry_after or (status in (401, 403) and errcode in BLOCKED)
+        is_refusal = errcode and 400 <= status < 500 and not is_awaited
+        self.status, self.refusal = status, status if is_refusal else 0
         patience = {0: PATIENCE, 400: 0, 401: PATIENCE, 413: 0}.get(self.refusal, REFUSAL_PATIENCE)
-        self.patience = float("inf") if is_awaited else patience  # s that a room may fail so
+        self.patience = LONG_PATIENCE if is_awaited else patience  # s that a room may fail so
 
 
 class Client(AsyncClient):
@@ -304,14 +305,14 @@ class Client(AsyncClient):
 
     def __init__(self, user: str, state: "State") -> None:
         super().__init__("", user)
-        self.state, session = state, state.session
-        token = setting("MATRIX_ACCESS_TOKEN") or session["access_token"]
-        self.restore_login(user, session["device_id"] or DEVICE_ID, token)
+        self.state, device = state, part(state.session, str, "device_id") or DEVICE_ID
+        token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
+        self.restore_login(user, device, token)
         self.limited, self.sync_failed_at = asyncio.Lock(), 0.0  # by a 429; monotonic s
         self.timeout = random.randrange(1, SYNC_TIMEOUT)  # ms: Synapse repeats its last response
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
-        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(MAX_WAIT)
-        self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        timeout = aiohttp.ClientTimeout(PATIENCE, connect=MAX_WAIT, sock_read=MAX_WAIT)
+        self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
     def use(self, homeserver: str) -> None:
         """Send requests to this base URL, through the proxy that the environment names for it."""
@@ -323,14 +324,15 @@ class Client(AsyncClient):
 
     async def discover(self) -> str:
         """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
-        default, last = "https://" + self.user.partition(":")[2], self.state.session["homeserver"]
+        default = "https://" + self.user.partition(":")[2]
+        last = part(self.state.session, str, "homeserver")
         self.use(re.sub(r":\d+$", "", default))
         try:
-            return str(part(await self.discovery_info(), str, "m.homeserver", "base_url"))
+            return str(part(await self.discovery_info(), str, "m.homeserver", "base_url") or last)
         except Failure as failure:
             if failure.status != 404 and not last:
                 raise
-            return default if failure.status == 404 else last
+            return default if failure.status == 404 else str(last)
 
     async def poll(self) -> Any:
         """Return what came after next_batch; without one, the position of now and invitations."""
@@ -363,12 +365,11 @@ class Client(AsyncClient):
         if found["user_id"] != self.user:
             leave(78, f"the login is of {found['user_id']}: set MATRIX_USER to that")
         device = part(found, str, "device_id") or str(self.device_id)
-        self.restore_login(self.user, device, token or found["access_token"])
+        new_token = found.get("access_token", "")  # One that was given is not saved.
+        self.restore_login(self.user, device, token or new_token)
         if not self.state.next_batch:  # What is there is of another user.
             (self.state.directory / "next_batch").unlink(missing_ok=True)
-        session = {"homeserver": self.homeserver, "user_id": self.user, "device_id": device}
-        session["access_token"] = found.get("access_token", "")  # none that was given
-        self.state.save("session.json", json.dumps(session))
+        self.state.save_session(user_id=self.user, device_id=device, access_token=new_token)
 
     async def persist(self, request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
         """Repeat a request until it succeeds and return its response; None if the room gives up."""
@@ -377,12 +378,13 @@ class Client(AsyncClient):
             try:
                 response = await request()
                 if room:
-                    room.patience = 0.0  # Its next failure is a first one.
+                    room.failing_since.clear()
                 if cause:
                     log.info("No more trouble with %s", what)
                 return response
             except Failure as failure:
                 if room and room.gives_up(failure):
+                    room.failing_since = {failure.patience: 0.0}  # The next gets one attempt.
                     log.warning("Gave up on %s: %s", what, failure)
                     return None
                 if str(failure) != cause:
@@ -390,10 +392,9 @@ class Client(AsyncClient):
                     level = logging.INFO if failure.retry_after else logging.WARNING
                     log.log(level, "Trouble with %s: %s; trying again", what, cause)
                 wait = failure.retry_after or delay * random.uniform(0.5, 1)
-                # In turn, for up to 5 s, or all that are limited would ask for each free slot.
-                async with self.limited if failure.retry_after else contextlib.nullcontext():
-                    await asyncio.sleep(min(wait, 5))
-                await asyncio.sleep(wait - 5)
+                # In turn if it is short, or all that are limited would ask for each free slot.
+                async with self.limited if room and 0 < failure.retry_after <= 5 else nullcontext():
+                    await asyncio.sleep(wait)
                 delay = min(2 * delay, MAX_WAIT)
 
     async def _send(
@@ -407,13 +408,14 @@ class Client(AsyncClient):
             async with self.http.request(
                 method, self.homeserver + path, data=data, headers=headers, proxy=self.http_proxy
             ) as response:
-                content = json.loads((await response.read()).decode(errors="replace"))
-        except (aiohttp.ClientError, OSError) as error:
-            # Not the text of any: it may quote a proxy's password.
-            text = str(error) if isinstance(error, OSError) else type(error).__name__
-            raise Failure(text or "no answer in time") from None
-        except (ValueError, RecursionError):  # It is no JSON.
-            content = None
+                body = await response.read()
+        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+            # Not the whole text, which may quote a proxy's password.
+            cause = str(error) if isinstance(error, OSError) else type(error).__name__
+            raise Failure(cause) from None
+        content: Any = None
+        with suppress(ValueError, RecursionError):  # It is no JSON.
+            content = json.loads(body.decode(errors="replace"))
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
         is_complete = not key or isinstance(part(content, dict).get(key), list | str)
         if response.status == 200 and isinstance(content, dict) and is_complete:
@@ -425,20 +427,19 @@ class State:
     """The state directory: next_batch and session.json, which hold the old or the new, whole."""
 
     def __init__(self, directory: Path, user: str) -> None:
-        self.directory, self.saved_at = directory, 0.0  # monotonic s
-        saved: Any = None
-        self.next_batch = self.newest = ""  # the last position of which all is done, and of all
-        self.failing: set[str] = set()  # names of files that can't be written
+        self.directory, saved = directory, None
+        self.next_batch = ""  # the last position up to which all is done
+        self.complain = cache(log.error)  # once of the same, until it is mended
         try:
             self.descriptor = os.open(directory, os.O_RDONLY)
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
             (directory / "next_batch.tmp").touch(0o600)
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 self.next_batch = (directory / "next_batch").read_text(errors="replace").strip()
-            with contextlib.suppress(FileNotFoundError, ValueError):
+            with suppress(FileNotFoundError, ValueError):
                 saved = json.loads((directory / "session.json").read_bytes())
         except BlockingIOError:
-            leave(75, f"another copy is running on {directory}: set another STATE_DIRECTORY")
+            leave(75, f"another copy is running on {directory}: stop it first")
         except OSError as error:
             leave(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
         owner = part(saved, str, "user_id")
@@ -447,8 +448,12 @@ class State:
             self.next_batch, saved = "", None
         elif owner and not self.next_batch:
             log.error("next_batch is missing or empty: starting from now instead")
-        names = ("homeserver", "user_id", "device_id", "access_token")
-        self.session: dict[str, str] = {name: part(saved, str, name) for name in names}
+        self.session: JSON = part(saved, dict)  # and "gaps": {since: {room ID: answered up to}}
+
+    def save_session(self, **changes: Any) -> None:
+        """Change session.json."""
+        self.session |= changes
+        self.save("session.json", json.dumps(self.session))
 
     def save(self, name: str, text: str) -> None:
         """Replace a file; after a crash it holds either the old text or the new one, whole."""
@@ -461,20 +466,15 @@ class State:
                 os.fsync(file.fileno())
             os.replace(temporary, self.directory / name)
             os.fsync(self.descriptor)
-            self.failing.discard(name)
+            self.complain.cache_clear()
         except OSError as error:
-            if name not in self.failing:
-                log.error("Can't save %s: %s; answering goes on", name, error.strerror)
-            self.failing.add(name)
+            self.complain("Can't save %s: %s; answering goes on", name, error.strerror)
 
     async def save_after(self, tasks: list[asyncio.Task[None]], next_batch: str) -> None:
-        """Save a position once all that it stands for is done, if no newer one is about to be."""
-        self.newest = next_batch
+        """Save a position once all that it stands for is done."""
         await asyncio.gather(*tasks)
         self.next_batch = next_batch
-        if next_batch == self.newest or time.monotonic() > self.saved_at + INTERVAL:
-            self.saved_at = time.monotonic()
-            await asyncio.to_thread(self.save, "next_batch", next_batch)
+        await asyncio.to_thread(self.save, "next_batch", next_batch)
 
 
 def part(whole: Any, kind: type, *path: str) -> Any:
@@ -487,7 +487,7 @@ def part(whole: Any, kind: type, *path: str) -> Any:
 def notify(state: str) -> None:
     """Tell systemd the state of the service, if it asked for it (see sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
             unix.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
