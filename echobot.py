@@ -122,14 +122,13 @@ def leave(status: int, reason: str) -> NoReturn:
 async def sync_forever(client: "Client", state: "State") -> None:
     """Start to answer each sync response, and poll on without waiting for that."""
     room = cache(lambda room_id: Room(client, room_id))
-    # Without a since: it tells the position of a first start, and the invitations that wait.
-    response = await client.persist(client.poll, "the sync")
+    response = await client.persist(client.poll, "the sync")  # Always without a since.
     notify("READY=1")
     response["next_batch"] = state.next_batch or response["next_batch"]
-    old: JSON = {}  # invitations: some homeservers tell of them in every response
     async with asyncio.TaskGroup() as tasks:  # A bug in one of them ends the bot.
         # At once, or after a kill the next start would be a first one again.
         pause = saved = tasks.create_task(state.save_after([], response["next_batch"]))
+        old: JSON = {}  # invitations: some homeservers tell of them in every response
         while True:
             since, next_batch = client.next_batch, response["next_batch"]
             # Not every homeserver heeds the filter: what came without a since is history.
@@ -237,8 +236,7 @@ class Room:
 
     async def answer(self, event: Any, event_id: str, tx_id: str) -> None:
         """Answer an event if it calls for it, and return once the reply is acknowledged."""
-        client, room_id = self.client, self.room_id
-        content: JSON | None = None
+        client, room_id, content = self.client, self.room_id, None
         match event:
             case {"sender": client.user_id} | {"unsigned": {"redacted_because": _}}:
                 return
@@ -324,15 +322,14 @@ class Client(AsyncClient):
 
     async def discover(self) -> str:
         """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
-        default = "https://" + self.user.partition(":")[2]
-        last = part(self.state.session, str, "homeserver")
-        self.use(re.sub(r":\d+$", "", default))
+        name, last = self.user.partition(":")[2], part(self.state.session, str, "homeserver")
+        self.use("https://" + re.sub(r":\d+$", "", name))
         try:
             return str(part(await self.discovery_info(), str, "m.homeserver", "base_url") or last)
         except Failure as failure:
             if failure.status != 404 and not last:
                 raise
-            return default if failure.status == 404 else str(last)
+            return f"https://{name}" if failure.status == 404 else str(last)
 
     async def poll(self) -> Any:
         """Return what came after next_batch; without one, the position of now and invitations."""
@@ -456,19 +453,22 @@ class State:
         self.save("session.json", json.dumps(self.session))
 
     def save(self, name: str, text: str) -> None:
-        """Replace a file; after a crash it holds either the old text or the new one, whole."""
-        temporary = self.directory / f"{name}.tmp"
+        """Replace a file, or say once that it can't be done: answering does not depend on it."""
         try:
-            temporary.touch(0o600)
-            with temporary.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.directory / name)
-            os.fsync(self.descriptor)
+            self.replace(self.directory / name, text)
             self.complain.cache_clear()
         except OSError as error:
             self.complain("Can't save %s: %s; answering goes on", name, error.strerror)
+
+    def replace(self, path: Path, text: str) -> None:
+        """Replace a file; after a crash it holds either the old text or the new one, whole."""
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.touch(0o600)
+        temporary.write_text(text)
+        with temporary.open() as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        os.fsync(self.descriptor)
 
     async def save_after(self, tasks: list[asyncio.Task[None]], next_batch: str) -> None:
         """Save a position once all that it stands for is done."""
