@@ -7,8 +7,8 @@ import asyncio
 import pytest
 import support.proxy as faults
 from support.bot import eventually
-from support.proxy import JOIN, SEND
-from support.scripted import FAMILIES, Field, Manners, field_of
+from support.proxy import JOIN, MESSAGES, SEND
+from support.scripted import FAMILIES, SYNAPSE, Field, Manners, Room, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
 
@@ -105,6 +105,17 @@ async def test_room_joined_from_elsewhere(manners: Manners, when: str) -> None:
         await room.answers("new", "newer")
 
 
+@families
+async def test_what_was_said_before_the_first_start_is_history(manners: Manners) -> None:
+    """Even where the first sync brings it unasked."""
+    async with field_of(manners) as field:
+        room = field.server.room()
+        room.command("old", "older")
+        await field.bot.run()
+        room.command("new")
+        await room.answers("new")
+
+
 async def until_count(field: Field, pattern: str, times: int) -> None:
     """Wait until the bot has made so many requests that match a pattern."""
 
@@ -139,3 +150,29 @@ async def test_backlog_shrinks_however_often_the_bot_dies(manners: Manners, coun
         for room in rooms:
             await room.answers(*range(commands))
         assert slowed.happened < 800, "work that was done before a kill was done again"
+
+
+async def test_gap_is_not_read_again_from_its_start() -> None:
+    """Killed after each 40 of 400 replies, it reads each page of the gap about once."""
+    async with field_of(SYNAPSE) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(400))
+        for replies in range(40, 400, 40):
+            await field.bot.start()
+            await until_replies(room, replies)
+            await field.bot.kill()
+        await field.bot.start()
+        await room.answers(*range(400))
+        pages = 400 / 20
+        assert pages <= field.proxy.count(MESSAGES) <= 2 * pages + 10
+
+
+async def until_replies(room: Room, count: int) -> None:
+    """Wait until a room has so many replies."""
+
+    async def said() -> bool:
+        return len(room.replies) >= count
+
+    await eventually(said, what=f"{count} replies")

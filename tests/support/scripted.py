@@ -41,6 +41,7 @@ class Manners:
     stops_before_to: bool = False  # pages leave out the event at `to` itself
     tells_membership: bool = True  # `unsigned.membership` in each event
     remembers_for_token: bool = False  # transaction IDs, instead of for the device
+    heeds_filter: bool = True  # else a sync has timelines whatever was asked for
     start_in_pages: bool = True
     end_in_last_page: bool = False  # `end` even where there is no more, and then always the same
     pages_without_end: bool = False  # another `end` each time, for ever
@@ -58,6 +59,7 @@ CONDUIT = Manners(
     stops_before_to=True,
     tells_membership=False,
     remembers_for_token=True,
+    heeds_filter=False,
     start_in_pages=False,
 )
 FAMILIES = {"synapse": SYNAPSE, "dendrite": DENDRITE, "conduit": CONDUIT}
@@ -220,6 +222,7 @@ class Scripted:
         """Return what is new, as soon as there is something or the poll has been held enough."""
         since = parse(query.get("since", "s0"))
         asked = json.loads(query.get("filter", "{}")).get("room", {}).get("timeline", {})
+        asked = asked if self.manners.heeds_filter else {}
         is_held = "since" in query and self.manners.holds_polls
         with suppress(TimeoutError):
             async with asyncio.timeout(is_held * int(query.get("timeout", 0)) / 1000):
