@@ -1,7 +1,5 @@
 """What the tests share: one homeserver for all, and for each a bot and people of its own."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 
 import pytest

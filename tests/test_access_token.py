@@ -1,14 +1,12 @@
 """An access token that is refused is replaced with the password, on the same device."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 
 import pytest
 import support.proxy as faults
 from aiohttp import web
-from support.bot import Bot, eventually, new_bot
+from support.bot import Bot, new_bot
 from support.homeserver import PASSWORD, running_homeserver
 from support.people import People, Room, new_people
 from support.proxy import ALL, LOGIN, POLL, REFUSED, SEND, SOFT_LOGOUT, Fault, Proxy, running_proxy
@@ -47,11 +45,7 @@ async def test_session_that_expires_is_renewed_on_the_same_device() -> None:
             await bot.run()
             device_id = bot.session["device_id"]
             await room.command("before")
-
-            async def has_expired_twice() -> bool:
-                return proxy.count(LOGIN) >= 3
-
-            await eventually(has_expired_twice)
+            await proxy.counts(LOGIN, 3)  # It has expired twice.
             room.user = await homeserver.log_in(room.user.user_id)
             await room.command("after")
             assert await room.replies(2) == ["before", "after"]

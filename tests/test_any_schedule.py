@@ -4,8 +4,6 @@ ECHOBOT_EXAMPLES=500 tries so many new schedules instead of the same few. One th
 Schedule(...): to replay it, put @example(Schedule(...)) on the test.
 """
 
-from __future__ import annotations
-
 import os
 import random
 from dataclasses import dataclass

@@ -1,10 +1,8 @@
 """Nothing is lost when more comes at once than fits a sync answer."""
 
-from __future__ import annotations
-
 import asyncio
 
-from support.bot import Bot, eventually
+from support.bot import Bot
 from support.homeserver import User
 from support.people import People, Room
 from support.proxy import MESSAGES, Proxy
@@ -69,11 +67,7 @@ async def test_own_messages_in_a_gap_are_not_answered(
         await people.account.send(room.room_id, f"!replybot own {n}")
     await proxied_bot.start()
     await room.command("last")
-
-    async def last_is_answered() -> bool:
-        return "last" in await room.bodies()
-
-    await eventually(last_is_answered)
+    await room.hears("last")
     assert proxy.count(MESSAGES)
     replies = [body for body in await room.bodies() if not body.startswith("!")]
     assert replies == [*(str(n) for n in range(10)), "last"]

@@ -1,7 +1,5 @@
 """Killed at any moment, the bot loses nothing and doubles nothing."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 
@@ -49,11 +47,7 @@ async def test_crash_amid_the_first_login_makes_one_device(people: People, bot: 
     chance = random.Random(3)
     for _ in range(4):
         await bot.start()
-
-        async def session_begun() -> bool:
-            return (bot.state / "session.json").exists()
-
-        await eventually(session_begun)
+        await eventually((bot.state / "session.json").exists)
         await asyncio.sleep(chance.uniform(0, 0.1))
         await bot.kill()
     await bot.run()

@@ -1,7 +1,5 @@
 """What is answered and what is not."""
 
-from __future__ import annotations
-
 import pytest
 from support.bot import Bot
 from support.homeserver import PASSWORD

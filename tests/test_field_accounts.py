@@ -1,7 +1,5 @@
 """What is seen in the field of accounts, of homeservers that move, and of old environments."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,14 +1,11 @@
 """Every command is answered once on homeservers with other manners than Synapse's, too."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest
 import support.proxy as faults
-from support.bot import eventually
 from support.proxy import JOIN, MESSAGES, SEND
-from support.scripted import FAMILIES, SYNAPSE, Field, Manners, Room, field_of
+from support.scripted import FAMILIES, SYNAPSE, Manners, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
 
@@ -50,7 +47,7 @@ async def test_kills(manners: Manners) -> None:
         for sends, n in zip((3, 13, 14, 31, 47, 60), range(0, 60, 10), strict=True):
             for room in rooms:
                 room.command(*range(n, n + 10))
-            await until_count(field, SEND, sends)
+            await field.proxy.counts(SEND, sends)
             await field.bot.kill()
             await field.bot.start()
         for room in rooms:
@@ -116,15 +113,6 @@ async def test_what_was_said_before_the_first_start_is_history(manners: Manners)
         await room.answers("new")
 
 
-async def until_count(field: Field, pattern: str, times: int) -> None:
-    """Wait until the bot has made so many requests that match a pattern."""
-
-    async def made() -> bool:
-        return field.proxy.count(pattern) >= times
-
-    await eventually(made, what=f"{times} requests {pattern}")
-
-
 @families
 @pytest.mark.parametrize("count", [1, 2], ids=["one room", "two rooms"])
 async def test_backlog_shrinks_however_often_the_bot_dies(manners: Manners, count: int) -> None:
@@ -141,7 +129,7 @@ async def test_backlog_shrinks_however_often_the_bot_dies(manners: Manners, coun
             while left[-1] and len(left) < 60:
                 before = slowed.happened
                 await field.bot.start()
-                await until_count(field, SEND, before + 1)
+                await slowed.happens(before + 1)
                 await asyncio.sleep(1)  # A life: not a wait for anything.
                 await field.bot.kill()
                 left.append(400 - sum(len(room.replies) for room in rooms))
@@ -161,18 +149,9 @@ async def test_gap_is_not_read_again_from_its_start() -> None:
         room.command(*range(400))
         for replies in range(40, 400, 40):
             await field.bot.start()
-            await until_replies(room, replies)
+            await room.until_replies(replies)
             await field.bot.kill()
         await field.bot.start()
         await room.answers(*range(400))
         pages = 400 / 20
         assert pages <= field.proxy.count(MESSAGES) <= 2 * pages + 10
-
-
-async def until_replies(room: Room, count: int) -> None:
-    """Wait until a room has so many replies."""
-
-    async def said() -> bool:
-        return len(room.replies) >= count
-
-    await eventually(said, what=f"{count} replies")

@@ -1,7 +1,5 @@
 """What rooms and their homeservers are seen to do in the field costs no command and no rush."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """Invitations are accepted, however long that takes, from whom they may; old history stays old."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An answer that is lost, late or broken costs nothing and doubles nothing."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 
 import pytest

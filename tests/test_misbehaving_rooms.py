@@ -1,7 +1,5 @@
 """A room where nothing goes right costs only itself."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import re
@@ -10,7 +8,7 @@ from typing import Any
 
 import pytest
 import support.proxy as faults
-from support.bot import Bot, eventually, fork
+from support.bot import Bot, fork
 from support.homeserver import SERVER_NAME
 from support.people import People, Room
 from support.proxy import POLL, SYNC, Proxy
@@ -141,13 +139,8 @@ async def test_quiet_time_is_no_time_of_failure(
     await asyncio.sleep(11)  # The quiet time itself: eleven minutes for the bot.
     with proxy.inject(faults.internal_error, sends, times=5) as failure:
         await room.command("hello")
-        await eventually(lambda: has_said(room, "hello"))
+        await room.hears("hello")
         assert failure.happened == 5
-
-
-async def has_said(room: Room, reply: str) -> bool:
-    """Tell whether the bot has sent this reply."""
-    return reply in await room.bodies()
 
 
 @pytest.mark.speed(60)
@@ -156,11 +149,7 @@ async def test_failing_sends_are_not_given_up_while_syncs_fail_too(
 ) -> None:
     """However long the homeserver is away, it is not the room that fails."""
     await quick_bot.run()
-
-    async def polls_long() -> bool:
-        return proxy.count(POLL) > 1
-
-    await eventually(polls_long)
+    await proxy.counts(POLL, 2)
     with (
         proxy.inject(faults.internal_error, POLL) as down,
         proxy.inject(faults.internal_error, sends_to(room.room_id)) as failing,

@@ -3,8 +3,6 @@
 ECHOBOT_EXAMPLES=500 tries so many new contents and answers instead of the same few.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import time

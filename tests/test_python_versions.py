@@ -1,7 +1,5 @@
 """The bot runs on every Python that it is said to run on."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Rate limits are waited out: everything is answered, as fast as the homeserver allows."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """What the README and the first look at echobot.py say is so."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The function to rewrite: it may be slow, silent or broken, and other rooms go on."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import re

@@ -1,7 +1,5 @@
 """What an operator sees: log lines and systemd's notifications."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re
@@ -91,11 +89,8 @@ class Systemd:
 
     async def gets(self, state: str, times: int = 1) -> None:
         """Wait until that message has come so often."""
-
-        async def came() -> bool:
-            return self.messages.count(state) >= times
-
-        await eventually(came, what=f"{times} {state} in {self.messages}")
+        what = f"{times} {state} in {self.messages}"
+        await eventually(lambda: self.messages.count(state) >= times, what=what)
 
 
 @pytest.fixture(params=["path", "abstract"])

@@ -1,7 +1,5 @@
 """Wrong settings end the bot with one clear line; what may mend itself is waited out."""
 
-from __future__ import annotations
-
 import ssl
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A network that goes quiet without a reset is noticed by deadlines, and mended."""
 
-from __future__ import annotations
-
 import pytest
 import support.proxy as faults
 from aiohttp import web

@@ -1,7 +1,5 @@
 """Whatever the state directory holds, and whether it can be written or not, the bot answers."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -251,11 +249,8 @@ async def test_power_cut_at_any_moment_leaves_the_files_whole(
         assert bot.next_batch
         assert bot.session
 
-    async def first_state_is_sure() -> bool:
-        return {"next_batch", "session.json"} <= set(os.listdir(tmp_path))
-
     await bot.run()
-    await eventually(first_state_is_sure)
+    await eventually(lambda: {"next_batch", "session.json"} <= set(os.listdir(tmp_path)))
     await bot.kill()
     cut_power()
     # The session and the position are each written, renamed and entered in the directory.

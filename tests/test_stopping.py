@@ -1,7 +1,5 @@
 """SIGTERM and SIGINT end the bot at once, in order."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 import time

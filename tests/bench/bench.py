@@ -1,7 +1,5 @@
 """Measure echobot.py beside the tutorial's loop and beside the floor; README.md tells more."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -5,8 +5,6 @@ room, and unless the client's filter leaves that out, with its sender's read rec
 back to its sender. Receipts never come in an answer of their own, which favours whoever gets them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json

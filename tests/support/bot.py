@@ -1,7 +1,5 @@
 """`python echobot.py` as a process: start it, kill it, read what it logs."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import json
@@ -9,10 +7,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from inspect import isawaitable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Self
 
 from support.homeserver import PASSWORD
 
@@ -21,11 +21,11 @@ SETTINGS = ("MATRIX_", "STATE_DIRECTORY", "LOG_LEVEL", "NOTIFY_SOCKET", "WATCHDO
 
 
 async def eventually(
-    condition: Callable[[], Awaitable[object]], seconds: float = 60, what: str = "the condition"
+    condition: Callable[[], object], seconds: float = 60, what: str = "the condition"
 ) -> None:
-    """Wait until the condition holds; raise AssertionError if it does not within so many s."""
+    """Wait until the condition, plain or async, holds; raise AssertionError if not within s."""
     deadline = time.monotonic() + seconds
-    while not await condition():
+    while not (await held if isawaitable(held := condition()) else held):
         assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
         await asyncio.sleep(0.05)
 
@@ -87,7 +87,7 @@ class Bot:
         self.process: asyncio.subprocess.Process | None = None
         self.log_path = directory / "bot.log"
 
-    async def start(self, *arguments: str, **options: object) -> Bot:
+    async def start(self, *arguments: str, **options: object) -> Self:
         """Start the process; `options` go to `create_subprocess_exec`."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
         clock = FAST_CLOCK.format(speed=self.speed) if self.speed != 1 else ""
@@ -142,12 +142,8 @@ class Bot:
 
     async def logs(self, text: str, times: int = 1, seconds: float = 30) -> None:
         """Wait until it has logged a text so many times."""
-
-        async def logged() -> bool:
-            return self.log.count(text) >= times
-
         try:
-            await eventually(logged, seconds)
+            await eventually(lambda: self.log.count(text) >= times, seconds)
         except AssertionError:
             raise AssertionError(f"{text!r} is not {times} times in the log: {self.log}") from None
 
@@ -164,11 +160,8 @@ class Bot:
 
     async def saves(self, other_than: str = "", seconds: float = 60) -> None:
         """Wait until it has saved a position, another one than this."""
-
-        async def saved() -> bool:
-            return self.next_batch not in ("", other_than)
-
-        await eventually(saved, seconds, f"another next_batch than {other_than!r}")
+        what = f"another next_batch than {other_than!r}"
+        await eventually(lambda: self.next_batch not in ("", other_than), seconds, what)
 
     @property
     def session(self) -> dict[str, str]:

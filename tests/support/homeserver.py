@@ -1,7 +1,5 @@
 """A real Synapse on loopback (SQLite, a free port, a temporary directory) and users on it."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import itertools
@@ -53,7 +51,7 @@ class MatrixError(Exception):
 class User:
     """An account on the homeserver with one access token, spoken for over plain HTTP."""
 
-    def __init__(self, homeserver: Homeserver, answer: dict[str, Any]) -> None:
+    def __init__(self, homeserver: "Homeserver", answer: dict[str, Any]) -> None:
         self.homeserver = homeserver
         self.user_id: str = answer["user_id"]
         self.device_id: str = answer["device_id"]

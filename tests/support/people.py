@@ -1,7 +1,5 @@
 """Who talks to the bot, and where: what most tests say and look at."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +37,14 @@ class Room:
 
         await eventually(arrived, seconds, f"{count} replies")
         return await self.bodies()
+
+    async def hears(self, reply: str) -> None:
+        """Wait until the bot has said this."""
+
+        async def was_said() -> bool:
+            return reply in await self.bodies()
+
+        await eventually(was_said, what=f"the reply {reply!r}")
 
     async def bodies(self) -> list[str]:
         """Return the bodies of all that the bot has said so far."""

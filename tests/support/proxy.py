@@ -1,7 +1,5 @@
 """A reverse proxy between bot and homeserver that hurts on command."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
@@ -57,11 +55,8 @@ class Injection:
 
     async def happens(self, times: int = 1, seconds: float = 60) -> None:
         """Wait until it has hit so many requests."""
-
-        async def has_happened() -> bool:
-            return self.happened >= times
-
-        await eventually(has_happened, seconds, f"the fault on {self.pattern!r}")
+        what = f"the fault on {self.pattern!r}"
+        await eventually(lambda: self.happened >= times, seconds, what)
 
 
 class Proxy:
@@ -127,6 +122,10 @@ class Proxy:
         """Count the requests so far that match a pattern."""
         return sum(bool(re.search(pattern, request)) for request in self.requests)
 
+    async def counts(self, pattern: str, times: int) -> None:
+        """Wait until so many requests have matched a pattern."""
+        await eventually(lambda: self.count(pattern) >= times, what=f"{times} of {pattern!r}")
+
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         name = f"{request.method} {request.raw_path}"
         self.requests.append(name)
@@ -139,10 +138,9 @@ class Proxy:
     async def forward(self, request: web.Request, plain: bool = False) -> web.Response:
         """Have the homeserver answer a request; `plain` asks for an answer without compression."""
         assert self._http is not None
-        left_out = {"host", "content-length", "transfer-encoding", "connection"}
-        if plain:
-            left_out.add("accept-encoding")
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in left_out}
+        headers = request.headers.copy()
+        for name in ("Host", "Content-Length", "Transfer-Encoding", "Connection"):
+            headers.pop(name, None)
         if plain:
             headers["Accept-Encoding"] = "identity"
         try:

@@ -1,7 +1,5 @@
 """A bot behind a proxy, somebody who talks to it in two rooms, and what was said there."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import signal

@@ -5,8 +5,6 @@ line: the event at position 7 comes with the first sync after `since=s6`, whose 
 To add a manner, give it a name in Manners, whose defaults are Synapse's, and use it below.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib
@@ -69,7 +67,7 @@ FAMILIES = {"synapse": SYNAPSE, "dendrite": DENDRITE, "conduit": CONDUIT}
 class Room:
     """A room with alice in it: its events with their positions, and the bot's membership."""
 
-    server: Scripted
+    server: "Scripted"
     room_id: str
     membership: str = "leave"
     joined_at: int = 0
@@ -125,13 +123,13 @@ class Room:
             if event["sender"] == BOT and event["type"] == "m.room.message"
         ]
 
+    async def until_replies(self, count: int, seconds: float = 60) -> None:
+        """Wait for so many replies."""
+        await eventually(lambda: len(self.replies) >= count, seconds, f"{count} replies")
+
     async def answers(self, *texts: object, seconds: float = 20) -> None:
         """Wait for as many replies as texts; assert that they are these, in order, each once."""
-
-        async def arrived() -> bool:
-            return len(self.replies) >= len(texts)
-
-        await eventually(arrived, seconds, f"{len(texts)} replies")
+        await self.until_replies(len(texts), seconds)
         assert self.replies == [str(text) for text in texts]
 
 
