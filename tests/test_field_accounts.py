@@ -8,7 +8,7 @@ import pytest
 import support.proxy as faults
 from support.bot import ECHOBOT, Bot
 from support.people import People
-from support.proxy import LOGIN, POLL, SEND, SYNC, running_proxy
+from support.proxy import LOGIN, POLL, SEND, SYNC, Fault, running_proxy
 from support.scripted import field_of
 from test_python_versions import REQUIREMENTS, run
 from test_settings import RESOLVER, WELL_KNOWN, new_certificate
@@ -92,9 +92,11 @@ async def test_another_url_of_the_same_account_keeps_the_position(url: str) -> N
         assert "Not using the state" not in field.bot.log
 
 
-@pytest.mark.parametrize("old_answers", [False, True], ids=["old gone", "old is another's"])
+@pytest.mark.parametrize(
+    "old_does", [faults.cut_before, faults.not_found], ids=["old gone", "old is another's"]
+)
 async def test_homeserver_that_moved_is_found_at_the_next_start(
-    tmp_path: Path, old_answers: bool
+    tmp_path: Path, old_does: Fault
 ) -> None:
     """Where .well-known names a new URL, that is used from the next start on, nothing lost."""
     async with field_of() as field:
@@ -110,12 +112,10 @@ async def test_homeserver_that_moved_is_found_at_the_next_start(
                     assert asked.happened
                 await bot.kill()
                 room.command(*range(3))
-                if not old_answers:
-                    await old.close()
                 publish = faults.answer(200, {"m.homeserver": {"base_url": field.proxy.url}})
                 with (
                     site.inject(publish, WELL_KNOWN) as asked,
-                    old.inject(faults.not_found) as asked_of_old,
+                    old.inject(old_does) as asked_of_old,
                 ):
                     await bot.start()
                     await room.answers(*range(3))

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 from support.bot import Bot, fork
 from support.people import People, Room
+from support.proxy import served
 
 SLOW = """
 async def reply_to(event: RoomMessageText) -> str | None:
@@ -128,13 +129,8 @@ async def weather() -> AsyncIterator[str]:
             return web.Response(status=503)
         return web.Response(text=f"Rain in {request.query['place']}")
 
-    app = web.Application()
-    app.router.add_get("/", handle)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
-    await runner.cleanup()
+    async with served(handle) as url:
+        yield url
 
 
 async def test_slow_service_is_asked_for_each_command(

@@ -1,6 +1,5 @@
 """`python echobot.py` as a process: start it, kill it, read what it logs."""
 
-import ast
 import asyncio
 import json
 import os
@@ -32,15 +31,10 @@ async def eventually(
 
 def fork(directory: Path, reply_to: str) -> Path:
     """Return a copy of echobot.py with another reply_to, as people make who want another bot."""
-    lines = ECHOBOT.read_text().splitlines()
-    (old,) = [
-        node
-        for node in ast.parse(ECHOBOT.read_text()).body
-        if isinstance(node, ast.AsyncFunctionDef) and node.name == "reply_to"
-    ]
-    lines[old.lineno - 1 : old.end_lineno] = reply_to.strip().splitlines()
+    source = ECHOBOT.read_text()
+    old = source[source.index("async def reply_to") : source.index("async def main")]
     path = directory / "fork.py"
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(source.replace(old, f"{reply_to.strip()}\n\n\n"))
     return path
 
 

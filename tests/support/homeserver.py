@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -128,21 +128,26 @@ class User:
 class Homeserver:
     """A Synapse process and its directory; it can be stopped, killed and started again."""
 
-    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
-        self.directory = directory
+    def __init__(
+        self, directory: Path, http: aiohttp.ClientSession, settings: dict[str, Any]
+    ) -> None:
+        self.directory, self.http = directory, http
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = (directory / "homeserver.log").open("a")
+        self.log = directory / "homeserver.log"
         self.process: asyncio.subprocess.Process | None = None
-        self.http: aiohttp.ClientSession | None = None
-        self._write_configuration(settings)
-
-    def _write_configuration(self, settings: dict[str, Any]) -> None:
         key = base64.b64encode(secrets.token_bytes(32)).decode().rstrip("=")
-        (self.directory / "signing.key").write_text(f"ed25519 a_test {key}\n")
+        (directory / "signing.key").write_text(f"ed25519 a_test {key}\n")
+        log = {"version": 1, "root": {"level": "WARNING"}}
+        # JSON is YAML.
+        (directory / "log.yaml").write_text(json.dumps(log))
+        (directory / "homeserver.yaml").write_text(json.dumps(self.configuration() | settings))
+
+    def configuration(self) -> dict[str, Any]:
+        """Return what homeserver.yaml has for any test."""
         listener = {"port": self.port, "bind_addresses": ["127.0.0.1"], "type": "http"}
         database = {"database": str(self.directory / "homeserver.db")}
-        configuration = {
+        return {
             "server_name": SERVER_NAME,
             "public_baseurl": self.url,
             "pid_file": str(self.directory / "homeserver.pid"),
@@ -160,63 +165,42 @@ class Homeserver:
             "bcrypt_rounds": 4,
             "suppress_key_server_warning": True,
             "log_config": str(self.directory / "log.yaml"),
-            **settings,
         }
-        log = {"version": 1, "root": {"level": "WARNING"}}
-        # JSON is YAML.
-        (self.directory / "homeserver.yaml").write_text(json.dumps(configuration))
-        (self.directory / "log.yaml").write_text(json.dumps(log))
 
     async def start(self) -> None:
         """Start Synapse and return once it answers; raise RuntimeError if it does not come up."""
-        self.http = self.http or aiohttp.ClientSession()
         command = ("-m", "synapse.app.homeserver", "-c", str(self.directory / "homeserver.yaml"))
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            # Ctrl-C in a terminal is for whoever started this, who then stops it in order.
-            start_new_session=True,
-        )
-        for _ in range(1200):
-            try:
+        with self.log.open("a") as log:
+            self.process = process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Ctrl-C in a terminal is for whoever started this, who then stops it in order.
+                start_new_session=True,
+            )
+        while process.returncode is None:
+            with suppress(OSError, aiohttp.ClientError, MatrixError):
                 await self.request("GET", "/_matrix/client/versions")
                 return
-            except (OSError, aiohttp.ClientError, MatrixError):
-                if self.process.returncode is not None:
-                    break
-                await asyncio.sleep(0.05)
-        await self.kill()
-        log = (self.directory / "homeserver.log").read_text()
-        raise RuntimeError(f"Synapse did not start: {log[-2000:]}")
+            await asyncio.sleep(0.05)
+        raise RuntimeError(f"Synapse did not start: {self.log.read_text()[-2000:]}")
 
-    async def stop(self) -> None:
-        """Stop Synapse in order."""
-        await self._signal(signal.SIGTERM)
-
-    async def kill(self) -> None:
-        """Stop Synapse as a power cut would."""
-        await self._signal(signal.SIGKILL)
-
-    async def _signal(self, number: int) -> None:
+    async def stop(self, number: int = signal.SIGTERM) -> None:
+        """Stop Synapse, in order unless told."""
         if self.process is not None and self.process.returncode is None:
             self.process.send_signal(number)
             await self.process.wait()
 
-    async def close(self) -> None:
-        """Stop Synapse and forget the connections."""
-        await self.stop()
-        if self.http is not None:
-            await self.http.close()
-        self.log.close()
+    async def kill(self) -> None:
+        """Stop Synapse as a power cut would."""
+        await self.stop(signal.SIGKILL)
 
     async def request(
         self, method: str, path: str, body: Any = None, access_token: str = "", **query: Any
     ) -> Any:
         """Make a request; return JSON; raise MatrixError (not 200) or aiohttp.ClientError."""
-        assert self.http is not None
         base = "" if path.startswith("/_") else "/_matrix/client/v3"
         headers = {"Authorization": f"Bearer {access_token}"} if access_token else {}
         async with self.http.request(
@@ -253,9 +237,10 @@ async def running_homeserver(
     """Run a homeserver for the length of the block: no rate limits, but Synapse's for `drop`."""
     limits = {name: limit for name, limit in NO_RATE_LIMITS.items() if name not in drop}
     with TemporaryDirectory(prefix="echobot-homeserver-") as directory:
-        homeserver = Homeserver(Path(directory), {**limits, **(settings or {})})
-        try:
-            await homeserver.start()
-            yield homeserver
-        finally:
-            await homeserver.close()
+        async with aiohttp.ClientSession() as http:
+            homeserver = Homeserver(Path(directory), http, limits | (settings or {}))
+            try:
+                await homeserver.start()
+                yield homeserver
+            finally:
+                await homeserver.stop()

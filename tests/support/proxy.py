@@ -66,40 +66,14 @@ class Proxy:
     `timeline_limit`: how many events a timeline may have, instead of what the bot asks for.
     """
 
-    def __init__(self, upstream: str, speed: float = 1) -> None:
-        self.upstream = upstream
-        self.speed = speed
+    def __init__(self, upstream: str, http: aiohttp.ClientSession, speed: float) -> None:
+        self.upstream, self.http, self.speed = upstream, http, speed
         self.timeline_limit: int | None = None
         self.url = ""
         self.requests: list[str] = []
         self.bytes_to_bot = 0
         self.injections: list[Injection] = []
         self.closing = asyncio.Event()
-        self._http: aiohttp.ClientSession | None = None
-        self._runner: web.AppRunner | None = None
-
-    async def start(self, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
-        """Start to listen, at a free port unless told."""
-        # Answers pass as they are: compressed stays compressed.
-        self._http = aiohttp.ClientSession(
-            auto_decompress=False, connector=aiohttp.TCPConnector(limit=0)
-        )
-        app = web.Application(client_max_size=2**26)
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=tls)
-        await site.start()
-        scheme = "https" if tls else "http"
-        self.url = f"{scheme}://127.0.0.1:{self._runner.addresses[0][1]}"
-
-    async def close(self) -> None:
-        """Stop to listen and drop all connections."""
-        self.closing.set()
-        if self._runner is not None:
-            await self._runner.cleanup()
-        if self._http is not None:
-            await self._http.close()
 
     @contextmanager
     def inject(
@@ -126,7 +100,8 @@ class Proxy:
         """Wait until so many requests have matched a pattern."""
         await eventually(lambda: self.count(pattern) >= times, what=f"{times} of {pattern!r}")
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer any request."""
         name = f"{request.method} {request.raw_path}"
         self.requests.append(name)
         await request.read()
@@ -137,14 +112,13 @@ class Proxy:
 
     async def forward(self, request: web.Request, plain: bool = False) -> web.Response:
         """Have the homeserver answer a request; `plain` asks for an answer without compression."""
-        assert self._http is not None
         headers = request.headers.copy()
         for name in ("Host", "Content-Length", "Transfer-Encoding", "Connection"):
             headers.pop(name, None)
         if plain:
             headers["Accept-Encoding"] = "identity"
         try:
-            async with self._http.request(
+            async with self.http.request(
                 request.method,
                 yarl.URL(self.upstream + self._path(request.raw_path), encoded=True),
                 data=await request.read(),
@@ -286,16 +260,36 @@ def rewrite(change: Callable[[Any], Any]) -> Fault:
 
 
 @asynccontextmanager
+async def served(
+    handle: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    port: int = 0,
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[str]:
+    """Serve HTTP on loopback for the length of the block, at a free port unless told; its URL."""
+    app = web.Application(client_max_size=2**26)
+    app.router.add_route("*", "/{path:.*}", handle)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
 async def running_proxy(
     upstream: str, port: int = 0, tls: ssl.SSLContext | None = None, speed: float = 1
 ) -> AsyncIterator[Proxy]:
     """Run a proxy in front of a URL for the length of the block."""
-    proxy = Proxy(upstream, speed)
-    await proxy.start(port, tls)
-    try:
-        yield proxy
-    finally:
-        await proxy.close()
+    # Answers pass as they are: compressed stays compressed.
+    http = aiohttp.ClientSession(auto_decompress=False, connector=aiohttp.TCPConnector(limit=0))
+    proxy = Proxy(upstream, http, speed)
+    async with http, served(proxy.handle, port, tls) as proxy.url:
+        try:
+            yield proxy
+        finally:
+            proxy.closing.set()
 
 
 # Each kind of fault that can happen to any request, by name.

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from support.bot import Bot, eventually, new_bot
 from support.homeserver import MatrixError
-from support.proxy import Proxy, running_proxy
+from support.proxy import Proxy, running_proxy, served
 
 BOT = "@bot:echobot.test"
 ALICE = "@alice:echobot.test"
@@ -303,25 +303,17 @@ async def field_of(
 ) -> AsyncIterator[Field]:
     """Run a homeserver with these manners, changed so, and make a bot for it."""
     server = Scripted(replace(manners, **changes))  # type: ignore[arg-type]
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", server.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        async with (
-            running_proxy(server.url, speed=speed) as proxy,
-            new_bot(proxy.url, speed) as bot,
-        ):
-            try:
-                yield Field(server, proxy, bot)
-            finally:
-                if bot.running:
-                    await bot.kill()
-                # While the proxy is there, or its last poll would be repeated while this closes.
-                server.is_up = False
-                server.happened()
-                await asyncio.sleep(0.05)
-    finally:
-        await runner.cleanup()
+    async with (
+        served(server.handle) as server.url,
+        running_proxy(server.url, speed=speed) as proxy,
+        new_bot(proxy.url, speed) as bot,
+    ):
+        try:
+            yield Field(server, proxy, bot)
+        finally:
+            if bot.running:
+                await bot.kill()
+            # While the proxy is there, or its last poll would be repeated while this closes.
+            server.is_up = False
+            server.happened()
+            await asyncio.sleep(0.05)
