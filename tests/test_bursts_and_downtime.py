@@ -42,19 +42,6 @@ async def test_limited_timeline_is_read_oldest_first(
     assert (await room.replies(211))[210:] == ["after"]
 
 
-async def test_short_downtime_in_many_rooms(people: People, bot: Bot) -> None:
-    """What fits a sync answer is answered from it, in each of five rooms."""
-    rooms = [await people.room() for _ in range(5)]
-    await bot.run()
-    await bot.kill()
-    for n in range(3):
-        for room in rooms:
-            await room.command(n)
-    await bot.start()
-    for room in rooms:
-        assert await room.replies(3) == ["0", "1", "2"]
-
-
 async def test_own_messages_in_a_gap_are_not_answered(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:

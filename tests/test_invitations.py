@@ -11,15 +11,6 @@ from support.people import People, Room
 from support.proxy import JOIN, Proxy
 
 
-async def test_invitation_is_accepted(people: People, bot: Bot) -> None:
-    """The bot joins, and answers what is said from then on."""
-    await bot.run()
-    room = await people.invite()
-    await room.bot_is("join")
-    await room.command("hello")
-    assert await room.replies(1) == ["hello"]
-
-
 async def test_invitation_before_the_first_start_is_accepted(people: People, bot: Bot) -> None:
     """What was pending is accepted; what was said before the first start is not answered."""
     room = await people.invite()
@@ -44,23 +35,6 @@ async def test_history_from_before_the_invitation_is_not_answered(
     await room.bot_is("join")
     await room.command("joined")
     assert await room.replies(2) == ["invited", "joined"]
-
-
-async def test_reply_to_is_called_once_for_what_was_said_around_a_join(
-    people: People, proxied_bot: Bot, proxy: Proxy
-) -> None:
-    """The join and the first timeline after it both bring it; that is no second command."""
-    await proxied_bot.run()
-    until = asyncio.Event()
-    with proxy.inject(faults.hold(until), JOIN) as hanging:
-        room = await people.invite()
-        sent = [await room.command(n) for n in range(5)]
-        await hanging.happens()
-        until.set()
-        await room.replies(5)
-    await room.command("last")
-    assert (await room.replies(6))[5:] == ["last"]
-    assert [proxied_bot.log.count(f"Answered {event_id}") for event_id in sent] == [1] * 5
 
 
 async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
@@ -97,23 +71,24 @@ async def test_pending_invitation_is_not_forgotten_by_a_kill_in_the_first_start(
     assert await room.replies(1) == ["meanwhile"]
 
 
-async def test_command_sent_while_the_join_hangs_is_answered(
+async def test_commands_around_a_join_are_answered_once(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """What is said between invitation and join counts, though polls for other rooms pass it by."""
+    """Polls for other rooms pass them by; then the join and the first timeline both bring them."""
     await proxied_bot.run()
     until = asyncio.Event()
     with proxy.inject(faults.hold(until), JOIN) as hanging:
         invited = await people.invite()
         await hanging.happens()
-        await invited.command("early")
+        early = [await invited.command(n) for n in range(5)]
         for n in range(3):
             await room.command(n)
             await room.replies(n + 1)
         until.set()
-        await invited.bot_is("join")
+        await invited.replies(5)
     await invited.command("late")
-    assert await invited.replies(2) == ["early", "late"]
+    assert await invited.replies(6) == [*"01234", "late"]
+    assert [proxied_bot.log.count(f"Answered {event_id}") for event_id in early] == [1] * 5
 
 
 async def test_join_is_repeated_after_an_error(

@@ -3,13 +3,9 @@
 import asyncio
 import random
 import re
-from collections.abc import AsyncIterator
 
-import pytest
-from aiohttp import web
 from support.bot import Bot, fork
 from support.people import People, Room
-from support.proxy import served
 
 SLOW = """
 async def reply_to(event: RoomMessageText) -> str | None:
@@ -36,22 +32,9 @@ async def reply_to(event: RoomMessageText) -> str | None:
 
 DICE = r"""
 async def reply_to(event: RoomMessageText) -> str | None:
-    import random
+    await asyncio.sleep(random.uniform(0, 0.1))
     roll = event.body.removeprefix("!roll ")
     return None if roll == event.body else f"{roll}: {random.randint(1, 6)}"
-"""
-
-WEATHER = """
-async def reply_to(event: RoomMessageText) -> str | None:
-    import aiohttp
-    if not event.body.startswith("!weather "):
-        return None
-    async with aiohttp.ClientSession() as http:
-        for _ in range(20):
-            async with http.get(SERVICE, params={"place": event.body[9:]}) as response:
-                if response.status == 200:
-                    return await response.text()
-    return "The weather service is down."
 """
 
 SECRETARY = """
@@ -106,43 +89,16 @@ async def say_and_kill(bot: Bot, burst: list[tuple[Room, str, dict[str, object]]
     await saying
 
 
-async def test_dice_are_rolled_once(room: Room, bot: Bot) -> None:
-    """A bot whose replies are random gives one reply to each command, though it is asked again."""
+async def test_slow_dice_are_rolled_once(people: People, bot: Bot) -> None:
+    """A bot that takes its time and whose replies are random gives each command one, in order."""
+    rooms = [await people.room() for _ in range(2)]
     bot.script = fork(bot.directory, DICE)
     await bot.run()
-    await say_and_kill(bot, [(room, f"!roll {n}", {}) for n in range(60)])
-    replies = await room.replies(60)
-    assert [reply.partition(":")[0] for reply in replies] == [str(n) for n in range(60)]
-    assert all(re.fullmatch(r"\d+: [1-6]", reply) for reply in replies)
-
-
-@pytest.fixture
-async def weather() -> AsyncIterator[str]:
-    """The URL of a slow service that refuses every third request."""
-    count = 0
-
-    async def handle(request: web.Request) -> web.Response:
-        nonlocal count
-        count += 1
-        await asyncio.sleep(0.05)
-        if count % 3 == 0:
-            return web.Response(status=503)
-        return web.Response(text=f"Rain in {request.query['place']}")
-
-    async with served(handle) as url:
-        yield url
-
-
-async def test_slow_service_is_asked_for_each_command(
-    people: People, bot: Bot, weather: str
-) -> None:
-    """A bot that asks a slow HTTP service answers each command once and in order, in two rooms."""
-    rooms = [await people.room() for _ in range(2)]
-    bot.script = fork(bot.directory, WEATHER.replace("SERVICE", repr(weather)))
-    await bot.run()
-    await say_and_kill(bot, [(room, f"!weather {n}", {}) for n in range(25) for room in rooms])
+    await say_and_kill(bot, [(room, f"!roll {n}", {}) for n in range(30) for room in rooms])
     for room in rooms:
-        assert await room.replies(25) == [f"Rain in {n}" for n in range(25)]
+        replies = await room.replies(30)
+        assert [reply.partition(":")[0] for reply in replies] == [str(n) for n in range(30)]
+        assert all(re.fullmatch(r"\d+: [1-6]", reply) for reply in replies)
 
 
 async def test_mentions_are_answered_in_their_threads(room: Room, bot: Bot) -> None:
