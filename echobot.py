@@ -289,7 +289,7 @@ class Failure(Exception):
         said = "".join(c if c.isprintable() else " " for c in f" {errcode} ({reason[:200]})")
         super().__init__(cause + said if errcode else cause or "no answer in time")
         told, ms = (headers or {}).get("Retry-After", ""), part(content, int, "retry_after_ms")
-        seconds = int(told[:9]) if told.isdecimal() else min(ms, 10**6) / 1000
+        seconds = min(ms, 10**6) / 1000 or int(told[:9] if told.isdecimal() else 0)  # ms is exact
         self.retry_after = min(max(seconds, 0.25), 2 * MAX_WAIT) if status == 429 else 0
         is_awaited = self.retry_after or (status in (401, 403) and errcode in BLOCKED)
         is_refusal = errcode and 400 <= status < 500 and not is_awaited
