@@ -1,7 +1,5 @@
 """Every command is answered once on homeservers with other manners than Synapse's, too."""
 
-import asyncio
-
 import pytest
 import support.proxy as faults
 from support.proxy import JOIN, MESSAGES, SEND
@@ -116,32 +114,28 @@ async def test_what_was_said_before_the_first_start_is_history(manners: Manners)
 @families
 @pytest.mark.parametrize("count", [1, 2], ids=["one room", "two rooms"])
 async def test_backlog_shrinks_however_often_the_bot_dies(manners: Manners, count: int) -> None:
-    """400 commands of a downtime, and no life is long enough for all: what was done stays done."""
-    commands = 400 // count
+    """200 commands of a downtime, and four lives of 40 replies: what was done stays done."""
     async with field_of(manners) as field:
         rooms = [field.server.room() for _ in range(count)]
         await field.bot.run()
         await field.bot.kill()
         for room in rooms:
-            room.command(*range(commands))
-        with field.proxy.inject(faults.delay(0.02 * count), SEND) as slowed:
-            left = [400]
-            while left[-1] and len(left) < 60:
-                before = slowed.happened
+            room.command(*range(200 // count))
+        # Slowed, so that few more are under way when it is killed.
+        with field.proxy.inject(faults.delay(0.01), SEND) as sends:
+            for _ in range(4):
                 await field.bot.start()
-                await slowed.happens(before + 1)
-                await asyncio.sleep(1)  # A life: not a wait for anything.
+                await sends.happens(sends.happened + 40)
                 await field.bot.kill()
-                left.append(400 - sum(len(room.replies) for room in rooms))
-            assert left[-1] == 0, f"what was unanswered after each life: {left}"
-            assert len(left) > 4, "one life was to be too short"
-        for room in rooms:
-            await room.answers(*range(commands))
-        assert slowed.happened < 800, "work that was done before a kill was done again"
+            await field.bot.start()
+            for room in rooms:
+                await room.answers(*range(200 // count))
+            # Of each room it is at most a page that a kill has done again; 360 were all of it.
+            assert 160 < sends.happened < 320, "work that was done before a kill was done again"
 
 
 async def test_gap_is_not_read_again_from_its_start() -> None:
-    """Killed after each 40 of 400 replies, it reads each page of the gap about once."""
+    """Killed after each 40 of 400 replies, it reads each page of 20 events about once."""
     async with field_of(SYNAPSE) as field:
         room = field.server.room()
         await field.bot.run()
@@ -153,5 +147,4 @@ async def test_gap_is_not_read_again_from_its_start() -> None:
             await field.bot.kill()
         await field.bot.start()
         await room.answers(*range(400))
-        pages = 400 / 20
-        assert pages <= field.proxy.count(MESSAGES) <= 2 * pages + 10
+        assert 20 <= field.proxy.count(MESSAGES) <= 50
