@@ -1,16 +1,11 @@
-"""What is seen in the field of accounts, of homeservers that move, and of old environments."""
+"""What is seen in the field of accounts, and of homeservers that move."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import support.proxy as faults
-from support.bot import ECHOBOT, Bot
-from support.people import People
 from support.proxy import LOGIN, POLL, SEND, SYNC, Fault, running_proxy
 from support.scripted import field_of
-from test_python_versions import REQUIREMENTS, run
 from test_settings import RESOLVER, WELL_KNOWN, new_certificate
 
 STATES: dict[str, tuple[int, str, dict[str, object]]] = {
@@ -19,7 +14,7 @@ STATES: dict[str, tuple[int, str, dict[str, object]]] = {
     "M_USER_SUSPENDED": (403, "This account is suspended", {}),
     "M_CONSENT_NOT_GIVEN": (403, "Agree to the terms first", {"consent_uri": "https://x.test"}),
 }
-PLACES = {"login": LOGIN, "sync": SYNC, "poll": POLL, "send": SEND}
+PLACES = {"login": LOGIN, "later login": LOGIN, "sync": SYNC, "poll": POLL, "send": SEND}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -30,11 +25,13 @@ async def test_account_state_is_waited_for(errcode: str, place: str) -> None:
     state = faults.answer(status, {"errcode": errcode, "error": error, **more})
     async with field_of(speed=60) as field:
         room = field.server.room()
-        if place in ("poll", "send"):
+        if place in ("later login", "poll", "send"):
             await field.bot.run()
         with field.proxy.inject(state, PLACES[place]) as injected:
             if place in ("login", "sync"):
                 await field.bot.start()
+            elif place == "later login":
+                field.server.devices.clear()
             if place != "send":
                 await injected.happens()
             room.command(*range(3))
@@ -56,24 +53,6 @@ async def test_account_state_is_waited_for(errcode: str, place: str) -> None:
         # One waits for each of the requests that met it, and each tells it once.
         assert field.bot.log.count(errcode) <= 2
         assert "Gave up" not in field.bot.log
-
-
-@pytest.mark.parametrize("errcode", STATES)
-async def test_account_state_at_a_later_login_loses_nothing(errcode: str) -> None:
-    """A session that ended, and a login that then meets the state: all since then is answered."""
-    status, error, more = STATES[errcode]
-    state = faults.answer(status, {"errcode": errcode, "error": error, **more})
-    async with field_of(speed=20) as field:
-        room = field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        field.server.devices.clear()
-        room.command(*range(12))
-        with field.proxy.inject(state, LOGIN, times=4) as injected:
-            await field.bot.start()
-            await injected.happens(4)
-        await room.answers(*range(12))
-        assert f"{errcode} ({error})" in field.bot.log
 
 
 @pytest.mark.parametrize("url", ["http://localhost:{port}", "http://127.0.0.1:{port}/", "direct"])
@@ -144,51 +123,3 @@ async def test_login_says_why_it_is_refused(errcode: str, error: str) -> None:
         assert last.startswith("echobot: ")
         assert error in last
         assert "Traceback" not in field.bot.log
-
-
-@pytest.mark.parametrize("name", ["MATRIX_PASSWORD", "MATRIX_ACCESS_TOKEN", "MATRIX_USER"])
-@pytest.mark.parametrize("odd", [b"p\xe4ss", b"\xff", b"ok\xed\xa0\x80"])
-async def test_setting_that_is_no_utf8_is_refused_with_78(name: str, odd: bytes) -> None:
-    """Told at once, by its name, without a request and without what it holds."""
-    async with field_of() as field:
-        before = "@bot" if name == "MATRIX_USER" else ""
-        after = ":echobot.test" if name == "MATRIX_USER" else ""
-        field.bot.environment[name] = before + odd.decode(errors="surrogateescape") + after
-        await field.bot.start()
-        assert await field.bot.wait() == 78
-        (line,) = field.bot.log.splitlines()
-        assert line.startswith("echobot: ")
-        assert name in line
-        assert field.proxy.requests == []
-
-
-async def test_oldest_aiohttp_that_nio_allows(people: People, bot: Bot, tmp_path: Path) -> None:
-    """On Synapse: with aiohttp 3.10 the bot joins, answers and stops, also through a proxy."""
-    bot.python = tmp_path / "bin" / "python"
-    await run(sys.executable, "-m", "venv", "--without-pip", tmp_path)
-    pip = (sys.executable, "-m", "pip", "--python", bot.python, "install", "--quiet")
-    await run(*pip, "--no-compile", "-r", REQUIREMENTS, "aiohttp==3.10.*")
-    await run(bot.python, "-c", "import aiohttp; assert aiohttp.__version__.startswith('3.10.')")
-    async with running_proxy(people.homeserver.url) as proxy:
-        await bot.run()
-        room = await people.invite()
-        await room.command("one")
-        assert await room.replies(1) == ["one"]
-        assert await bot.stop() == 0
-        bot.environment.update({"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": ""})
-        await bot.start()
-        await room.command("two")
-        assert await room.replies(2) == ["one", "two"]
-        assert proxy.requests
-        assert await bot.stop() == 0
-    assert "Traceback" not in bot.log
-
-
-@pytest.mark.parametrize("options", [["-OO"], ["-O"], ["-OO", "-I"]], ids=" ".join)
-@pytest.mark.parametrize("argument", ["--help", "-h"])
-def test_help_without_docstrings(options: list[str], argument: str) -> None:
-    """The help is there also when Python drops docstrings."""
-    command = [sys.executable, *options, str(ECHOBOT), argument]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert "MATRIX_USER" in run.stdout

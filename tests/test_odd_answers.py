@@ -188,29 +188,31 @@ async def scene(homeserver: Homeserver) -> AsyncIterator[Scene]:
 
 
 @pytest.mark.parametrize("paths", [WIDE, DEEP], ids=["wide", "deep"])
-@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
-async def test_odd_answer_costs_no_command(scene: Scene, paths: str, value: object) -> None:
-    """With every sync answer spoilt, all commands in them and all later ones are answered once."""
-    await scene.say_everywhere(3)
-    spoil = partial(spoilt, changes=[(path, value) for path in paths.split()])
-    with scene.proxy.inject(faults.rewrite(spoil), faults.POLL) as odd:
-        await scene.start()
-        await scene.check()
-        await scene.say_everywhere(1)
-        await scene.check()
-        assert odd.happened > 1
+async def test_odd_answers_cost_no_command(scene: Scene, paths: str) -> None:
+    """With every sync answer spoilt, in one way after the other, all in them is answered once."""
+    await scene.say_everywhere(2)
+    for value in ODD_VALUES:
+        print(f"With {value!r} at each of {paths}:")
+        spoil = partial(spoilt, changes=[(path, value) for path in paths.split()])
+        with scene.proxy.inject(faults.rewrite(spoil), faults.POLL) as odd:
+            await scene.start()
+            await scene.say_everywhere(1)
+            await scene.check()
+            assert odd.happened
 
 
-@pytest.mark.parametrize("rooms", [None, [], {"join": None}, {"join": []}], ids=repr)
-async def test_null_rooms_stop_nothing(scene: Scene, rooms: object) -> None:
+async def test_null_rooms_stop_nothing(scene: Scene) -> None:
     """A sync answer with a position but no usable rooms is passed over."""
-    spoil = faults.rewrite(lambda answer: {**answer, "rooms": rooms})
-    with scene.proxy.inject(spoil, faults.POLL, times=1) as odd:
-        await scene.start()
-        await scene.rooms[0].say("this ends the poll")
-        await odd.happens()
-        await scene.say_everywhere(1)
-        await scene.check()
+    odd_rooms: list[Any] = [None, [], {"join": None}, {"join": []}]
+    for rooms in odd_rooms:
+        spoil = partial(lambda odd, answer: {**answer, "rooms": odd}, rooms)
+        with scene.proxy.inject(faults.rewrite(spoil), faults.POLL, times=1) as odd:
+            await scene.start()
+            await scene.rooms[0].say("this ends the poll")
+            await odd.happens()
+            await scene.say_everywhere(1)
+            await scene.check()
+        await scene.bot.kill()
 
 
 async def test_answer_without_position_is_asked_for_again(scene: Scene) -> None:

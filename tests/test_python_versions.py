@@ -1,4 +1,4 @@
-"""The bot runs on every Python that it is said to run on."""
+"""The bot runs on every Python that it is said to run on, and on what nio allows."""
 
 import asyncio
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.bot import ECHOBOT, Bot
 from support.people import People
+from support.proxy import Proxy
 
 REQUIREMENTS = ECHOBOT.with_name("requirements.txt")
 
@@ -37,18 +38,16 @@ async def run(*command: object) -> None:
     assert process.returncode == 0, output.decode()
 
 
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
-async def test_bot_answers_on_python(
-    people: People, bot: Bot, tmp_path: Path, version: str
-) -> None:
-    """With nothing but requirements.txt it joins, answers, goes on after a kill and stops."""
-    python = interpreters().get(version)
-    if python is None:
-        pytest.skip(f"Python {version} is not on this machine")
-    bot.python = tmp_path / "bin" / "python"
-    await run(python, "-m", "venv", "--without-pip", tmp_path)
+async def is_installed(bot: Bot, directory: Path, python: str, *more: str) -> None:
+    """Let the bot run in a virtual environment that has requirements.txt and nothing but `more`."""
+    bot.python = directory / "bin" / "python"
+    await run(python, "-m", "venv", "--without-pip", directory)
     pip = (sys.executable, "-m", "pip", "--python", bot.python)
-    await run(*pip, "install", "--quiet", "--no-compile", "-r", REQUIREMENTS)
+    await run(*pip, "install", "--quiet", "--no-compile", "-r", REQUIREMENTS, *more)
+
+
+async def works(bot: Bot, people: People) -> None:
+    """Assert that it joins, answers, goes on after a kill and stops."""
     await bot.run()
     room = await people.invite()
     await room.command("one")
@@ -59,3 +58,26 @@ async def test_bot_answers_on_python(
     assert await room.replies(2) == ["one", "two"]
     assert await bot.stop() == 0
     assert "Warning" not in bot.log
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
+async def test_bot_answers_on_python(
+    people: People, bot: Bot, tmp_path: Path, version: str
+) -> None:
+    """With nothing but requirements.txt."""
+    python = interpreters().get(version)
+    if python is None:
+        pytest.skip(f"Python {version} is not on this machine")
+    await is_installed(bot, tmp_path, python)
+    await works(bot, people)
+
+
+async def test_oldest_aiohttp_that_nio_allows(
+    people: People, bot: Bot, proxy: Proxy, tmp_path: Path
+) -> None:
+    """With aiohttp 3.10, also through a proxy."""
+    await is_installed(bot, tmp_path, sys.executable, "aiohttp==3.10.*")
+    await run(bot.python, "-c", "import aiohttp; assert aiohttp.__version__.startswith('3.10.')")
+    bot.environment |= {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": ""}
+    await works(bot, people)
+    assert proxy.requests

@@ -32,18 +32,13 @@ async def refusal(bot: Bot, *arguments: str) -> tuple[int, str]:
     return status, line
 
 
-@pytest.mark.parametrize("missing", ["MATRIX_USER", "MATRIX_PASSWORD"])
-async def test_missing_variable_is_named(missing: str) -> None:
-    """Whether one is missing or, started with nothing at all, both, each is named at once."""
-    async with new_bot("http://127.0.0.1:9") as bot:
-        bot.environment[missing] = ""
+@pytest.mark.parametrize("missing", [["USER"], ["PASSWORD"], ["USER", "PASSWORD"]], ids=" ".join)
+async def test_missing_variable_is_named(missing: list[str]) -> None:
+    """Each at once, if more than one is."""
+    async with new_bot("", 1, **{f"MATRIX_{name}": "" for name in missing}) as bot:
         status, line = await refusal(bot)
     assert status == 78
-    assert missing in line
-    async with new_bot("", MATRIX_USER="", MATRIX_PASSWORD="") as bot:
-        status, line = await refusal(bot)
-    assert status == 78
-    assert missing in line
+    assert all(f"MATRIX_{name}" in line for name in missing)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +53,17 @@ async def test_missing_variable_is_named(missing: str) -> None:
         ("MATRIX_HOMESERVER", "http://127.0.0.1:99999"),
         # Bytes that are no UTF-8, as the environment brings them to Python.
         ("MATRIX_PASSWORD", "p\udce4ssword"),
+        ("MATRIX_PASSWORD", "password\udced\udca0\udc80"),
+        ("MATRIX_ACCESS_TOKEN", "\udcff"),
+        ("MATRIX_USER", "@bot\udcff:echobot.test"),
     ],
 )
 async def test_unusable_value_is_refused_with_78(name: str, value: str) -> None:
-    """Waiting would not mend it; the line says which variable it is, and never a password."""
+    """Waiting would not mend it; the one line has the variable's name, and never a password."""
     async with new_bot("http://127.0.0.1:9") as bot:
         bot.environment[name] = value
         status, line = await refusal(bot)
+        assert bot.log.splitlines() == [line]
     assert status == 78
     assert name in line
     assert "ssword" not in line
@@ -110,15 +109,15 @@ async def test_unknown_argument_is_refused_with_2(bot: Bot, arguments: list[str]
     assert "--help" in line
 
 
-@pytest.mark.parametrize("options", [[], ["-OO"]], ids=["", "-OO"])
+@pytest.mark.parametrize("options", [[], ["-O"], ["-OO"], ["-OO", "-I"]], ids=" ".join)
 def test_help_needs_no_environment(options: list[str]) -> None:
-    """It prints an example and every variable of the contract, also where docstrings are left."""
-    command = [sys.executable, *options, str(ECHOBOT), "--help"]
-    run = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, check=True)
-    assert run.stderr == ""
-    assert "python echobot.py" in run.stdout
-    for name in VARIABLES.split():
-        assert name in run.stdout
+    """It has an example and every variable of the contract, also where docstrings are left out."""
+    for argument in ("--help", "-h"):
+        command = [sys.executable, *options, str(ECHOBOT), argument]
+        run = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, check=True)
+        assert run.stderr == ""
+        for text in ("python echobot.py", *VARIABLES.split()):
+            assert text in run.stdout
 
 
 async def test_homeserver_that_is_down_at_the_start_is_waited_for(people: People) -> None:

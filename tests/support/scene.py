@@ -28,7 +28,7 @@ class Scene:
     chance: random.Random
     rooms: list[Room]
     said: dict[str, list[str]] = field(default_factory=dict)
-    numbers: count[int] = field(default_factory=count)
+    numbers: "count[int]" = field(default_factory=count)
 
     async def start(self) -> None:
         """Start the bot if it was stopped."""
