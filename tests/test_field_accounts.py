@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import support.proxy as faults
+from support.bot import together
 from support.proxy import LOGIN, POLL, SEND, SYNC, Fault, running_proxy
 from support.scripted import field_of
 from test_settings import RESOLVER, WELL_KNOWN, new_certificate
@@ -18,9 +19,13 @@ PLACES = {"login": LOGIN, "later login": LOGIN, "sync": SYNC, "poll": POLL, "sen
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("errcode", STATES)
-async def test_account_state_is_waited_for(errcode: str, place: str) -> None:
+async def test_account_state_is_waited_for(place: str) -> None:
     """It is told once with the server's own words; once somebody mended it, nothing is lost."""
+    await together(*(state_is_waited_for(errcode, place) for errcode in STATES))
+
+
+async def state_is_waited_for(errcode: str, place: str) -> None:
+    """Assert that for one state at one place."""
     status, error, more = STATES[errcode]
     state = faults.answer(status, {"errcode": errcode, "error": error, **more})
     async with field_of(speed=60) as field:

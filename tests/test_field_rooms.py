@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import support.proxy as faults
 from aiohttp import web
-from support.bot import Bot
+from support.bot import Bot, together
 from support.people import Room
 from support.proxy import JOIN, MESSAGES, SEND, SYNC, Fault, Proxy
 from support.scripted import CONDUIT, DENDRITE, Manners, field_of
@@ -16,9 +16,8 @@ from support.scripted import CONDUIT, DENDRITE, Manners, field_of
 FORBIDDEN = faults.answer(403, {"errcode": "M_FORBIDDEN", "error": "You are not invited"})
 NOT_FOUND = faults.answer(404, {"errcode": "M_NOT_FOUND", "error": "Unknown room"})
 LEAVE = r"POST .*/leave"
-refusals = pytest.mark.parametrize(
-    "refusal", [FORBIDDEN, NOT_FOUND, faults.bad_gateway], ids=["403", "404", "502"]
-)
+REFUSALS = [FORBIDDEN, NOT_FOUND, faults.bad_gateway]
+refusals = pytest.mark.parametrize("refusal", REFUSALS, ids=["403", "404", "502"])
 
 
 async def test_room_joined_in_part_is_asked_for(room: Room, proxied_bot: Bot, proxy: Proxy) -> None:
@@ -47,9 +46,13 @@ async def test_join_refused_for_a_moment(refusal: Fault) -> None:
 
 
 @pytest.mark.parametrize("repeats", [False, True], ids=["told once", "told in every sync"])
-@refusals
-async def test_join_refused_for_good_is_given_up_quietly(refusal: Fault, repeats: bool) -> None:
+async def test_join_refused_for_good_is_given_up_quietly(repeats: bool) -> None:
     """Tried for a minute (ten if it is no refusal), seldom, told once; the rest goes on."""
+    await together(*(join_is_given_up(refusal, repeats) for refusal in REFUSALS))
+
+
+async def join_is_given_up(refusal: Fault, repeats: bool) -> None:
+    """Assert that of one way to refuse."""
     async with field_of(speed=60, repeats_invitations=repeats) as field:
         good = field.server.room()
         await field.bot.run()
@@ -67,9 +70,13 @@ async def test_join_refused_for_good_is_given_up_quietly(refusal: Fault, repeats
 
 
 @pytest.mark.parametrize("inviters", ["*", "@owner:echobot.test"], ids=["accepted", "rejected"])
-@refusals
-async def test_invitation_in_every_sync_makes_no_rush(refusal: Fault, inviters: str) -> None:
+async def test_invitation_in_every_sync_makes_no_rush(inviters: str) -> None:
     """One that can be neither accepted nor rejected is tried now and then, and told once."""
+    await together(*(invitation_makes_no_rush(refusal, inviters) for refusal in REFUSALS))
+
+
+async def invitation_makes_no_rush(refusal: Fault, inviters: str) -> None:
+    """Assert that of one way to refuse."""
     async with field_of(repeats_invitations=True) as field:
         field.bot.environment["MATRIX_INVITERS"] = inviters
         good = field.server.room()

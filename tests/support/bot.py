@@ -6,12 +6,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from inspect import isawaitable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Any, Self
 
 from support.homeserver import PASSWORD
 
@@ -27,6 +27,13 @@ async def eventually(
     while not (await held if isawaitable(held := condition()) else held):
         assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
         await asyncio.sleep(0.05)
+
+
+async def together(*checks: Coroutine[Any, Any, None]) -> None:
+    """Run checks side by side, as those that wait more than they work may; all must hold."""
+    async with asyncio.TaskGroup() as tasks:
+        for check in checks:
+            tasks.create_task(check)
 
 
 def fork(directory: Path, reply_to: str) -> Path:
