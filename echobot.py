@@ -290,7 +290,7 @@ class Failure(Exception):
         super().__init__(cause + said if errcode else cause or "no answer in time")
         told, ms = (headers or {}).get("Retry-After", ""), part(content, int, "retry_after_ms")
         seconds = min(ms, 10**6) / 1000 or int(told[:9] if told.isdecimal() else 0)  # ms is exact
-        self.retry_after = min(max(seconds, 0.25), 2 * MAX_WAIT) if status == 429 else 0
+        self.retry_after = min(max(seconds, 0.5), 2 * MAX_WAIT) if status == 429 else 0
         is_awaited = self.retry_after or (status in (401, 403) and errcode in BLOCKED)
         is_refusal = errcode and 400 <= status < 500 and not is_awaited
         self.status, self.refusal = status, status if is_refusal else 0

@@ -47,7 +47,7 @@ async def test_synapse_limits_cost_no_reply_and_starve_no_room(people: People, b
     ]
     allowed = (50 - BURST) / PER_SECOND
     assert allowed * 0.9 < max(first + second) - started < allowed * 1.25
-    assert sum(moment < second[-1] for moment in first) <= 30, "the second room was starved"
+    assert sum(moment < second[-1] for moment in first) <= 35, "the second room was starved"
 
 
 async def test_limited_rooms_do_not_rush(people: People) -> None:
