@@ -85,14 +85,14 @@ async def test_429_is_waited_out_as_told(
         await room.command("warm-up")
         await room.replies(1)
         with proxy.inject(fault, pattern, times=1) as limited:
+            started = time.monotonic()
             await room.command("hello")
             if pattern == POLL:
                 # The poll that was out has brought the first; the next is refused.
                 await room.replies(2)
                 await room.command("again")
-            started = time.monotonic()
             count = 2 + (pattern == POLL)
             assert len(await room.replies(count)) == count
-            assert 1.5 < time.monotonic() - started < 4
+            assert 2 < time.monotonic() - started < 5
             assert limited.happened == 1
         assert "WARNING" not in bot.log
