@@ -8,6 +8,7 @@ import support.proxy as faults
 from support.bot import Bot, eventually
 from support.people import People, Room
 from support.proxy import LOGIN, SEND, Proxy
+from test_misbehaving_rooms import sends_to
 
 KILLS = 12
 
@@ -101,3 +102,22 @@ async def test_crash_between_reply_and_save_does_not_double_the_reply(
     await room.command(3)
     assert await room.replies(4) == ["0", "1", "2", "3"]
     assert proxy.count(SEND) == 4
+
+
+async def test_crash_while_one_room_hangs_costs_that_room_nothing(
+    people: People, room: Room, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """However far another room has come, no position was saved that is past its command."""
+    other = await people.room()
+    await proxied_bot.run()
+    with proxy.inject(faults.hold(asyncio.Event()), sends_to(room.room_id)) as hanging:
+        await room.command("hangs")
+        await hanging.happens()
+        for n in range(5):
+            await other.command(n)
+            assert await other.replies(n + 1) == [str(m) for m in range(n + 1)]
+        await proxied_bot.kill()
+    await proxied_bot.start()
+    assert await room.replies(1) == ["hangs"]
+    await other.command(5)
+    assert await other.replies(6) == [str(m) for m in range(6)]
