@@ -104,7 +104,7 @@ async def test_crash_between_reply_and_save_does_not_double_the_reply(
     assert proxy.count(SEND) == 4
 
 
-async def test_crash_while_one_room_hangs_costs_that_room_nothing(
+async def test_crash_while_one_room_hangs(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """However far another room has come, no position was saved that is past its command."""
