@@ -52,21 +52,6 @@ async def test_session_that_expires_is_renewed_on_the_same_device() -> None:
             assert bot.session["device_id"] == device_id
 
 
-@pytest.mark.parametrize("pattern", [POLL, SEND])
-async def test_soft_logout_costs_at_most_one_login(
-    room: Room, proxied_bot: Bot, proxy: Proxy, pattern: str
-) -> None:
-    """Told so once, in a poll or a send, the bot goes on, on the same device."""
-    await proxied_bot.run()
-    device_id = proxied_bot.session["device_id"]
-    with proxy.inject(faults.answer(401, SOFT_LOGOUT), pattern, times=1) as soft_logout:
-        await room.command(0, 1, 2)
-        assert await room.replies(3) == ["0", "1", "2"]
-        await soft_logout.happens()
-    assert proxy.count(LOGIN) <= 2
-    assert proxied_bot.session["device_id"] == device_id
-
-
 def refusal_of(access_token: str, body: object) -> Fault:
     """Requests with this access token are refused, some of them late."""
     chance = random.Random(1)
@@ -178,23 +163,3 @@ async def test_given_token_is_not_written_anywhere(
     for file in bot.directory.rglob("*"):
         assert file.is_dir() or access_token.encode() not in file.read_bytes()
     assert await people.account.devices() == devices
-
-
-async def test_twelve_restarts_make_one_login() -> None:
-    """Under Synapse's own limits for logins, kills and stops in a row never meet them."""
-    async with (
-        running_homeserver(drop=("rc_login",)) as homeserver,
-        running_proxy(homeserver.url) as proxy,
-    ):
-        people = await new_people(homeserver)
-        room = await people.room()
-        async with new_bot(proxy.url, MATRIX_USER=people.bot_id) as bot:
-            for n in range(12):
-                await bot.start()
-                await bot.ready(times=n + 1)
-                await room.command(n)
-                await (bot.stop if n % 2 else bot.kill)()
-            await bot.start()
-            assert await room.replies(12) == [str(n) for n in range(12)]
-            assert proxy.count(LOGIN) == 1
-            assert "HTTP 429" not in bot.log

@@ -1,6 +1,5 @@
 """What is answered and what is not."""
 
-import pytest
 from support.bot import Bot
 from support.homeserver import PASSWORD
 from support.people import People, Room
@@ -80,20 +79,17 @@ async def test_bare_command_gets_a_hint(room: Room, bot: Bot) -> None:
     assert "\n" not in hint
 
 
-@pytest.mark.parametrize(
-    ("rest", "reply"),
-    [
-        ("  !replybot one\n two !replybot", "one\n two"),
-        (" !reply!replybotbot nested", "nested"),
-        (" !rep!reply!replybotbotlybot twice", "twice"),
-        ("\none\n\n  two\r\nthree\n", "one\n\n  two\r\nthree"),
-    ],
-)
-async def test_no_reply_is_a_command(room: Room, bot: Bot, rest: str, reply: str) -> None:
+async def test_no_reply_is_a_command(room: Room, bot: Bot) -> None:
     """Every `!replybot` is removed, so that two such bots do not talk for ever; lines stay."""
+    replies = {
+        "  !replybot one\n two !replybot": "one\n two",
+        " !reply!replybotbot nested": "nested",
+        " !rep!reply!replybotbotlybot twice": "twice",
+        "\none\n\n  two\r\nthree\n": "one\n\n  two\r\nthree",
+    }
     await bot.run()
-    await room.say(f"!replybot{rest}")
-    assert await room.replies(1) == [reply]
+    await room.say(*(f"!replybot{rest}" for rest in replies))
+    assert await room.replies(4) == [*replies.values()]
 
 
 async def test_history_before_the_first_start_is_not_answered(room: Room, bot: Bot) -> None:
@@ -120,29 +116,21 @@ async def test_reply_to_a_thread_lands_in_the_thread(room: Room, bot: Bot) -> No
     assert reply["event_id"] in [event["event_id"] for event in events]
 
 
-@pytest.mark.parametrize(
-    "relation",
-    [
-        None,
-        "thread",
-        [],
-        {"rel_type": "m.thread"},
-        {"rel_type": "m.thread", "event_id": None},
-        {"rel_type": ["m.thread"], "event_id": "$root"},
-        {"m.in_reply_to": "someone"},
-        {"m.in_reply_to": {"event_id": "$quoted"}},
-    ],
-    ids=repr,
-)
-async def test_reply_outside_a_thread_relates_to_nothing(
-    room: Room, bot: Bot, relation: object
-) -> None:
+async def test_reply_outside_a_thread_relates_to_nothing(room: Room, bot: Bot) -> None:
     """A rich reply, and what is no relation at all, is answered with a plain message."""
+    relations: list[object] = [
+        *(None, "thread", [], {"m.in_reply_to": "someone"}),
+        {"m.in_reply_to": {"event_id": "$quoted"}},
+        *({"rel_type": "m.thread"}, {"rel_type": "m.thread", "event_id": None}),
+        {"rel_type": ["m.thread"], "event_id": "$root"},
+    ]
     await bot.run()
-    await room.say("!replybot hello", **{"m.relates_to": relation})
-    assert await room.replies(1) == ["hello"]
-    (reply,) = await room.events()
-    assert reply["content"] == {"msgtype": "m.text", "body": "hello", "m.mentions": {}}
+    for relation in relations:
+        await room.say("!replybot hello", **{"m.relates_to": relation})
+    await room.replies(len(relations))
+    contents = [event["content"] for event in await room.events()]
+    plain = {"msgtype": "m.text", "body": "hello", "m.mentions": {}}
+    assert contents == [plain] * len(relations)
 
 
 async def test_reply_pings_nobody(people: People, bot: Bot) -> None:

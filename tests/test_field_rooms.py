@@ -128,10 +128,14 @@ async def test_page_that_stops_early(page_limit: int) -> None:
         assert field.proxy.count(MESSAGES) >= len(rooms)
 
 
-@pytest.mark.parametrize("end", [True, False], ids=["end", "no end"])
-@pytest.mark.parametrize("start", [True, False], ids=["start", "no start"])
-async def test_page_without_start_or_end(start: bool, end: bool) -> None:
+async def test_page_without_start_or_end() -> None:
     """Pages are read whether they tell their start and the last one an end or not."""
+    either = (True, False)
+    await together(*(pages_are_read(start, end) for start in either for end in either))
+
+
+async def pages_are_read(start: bool, end: bool) -> None:
+    """Assert that of pages that tell these or not."""
     async with field_of(
         DENDRITE, page_limit=5, start_in_pages=start, end_in_last_page=end
     ) as field:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import support.proxy as faults
-from support.bot import Bot, fork
+from support.bot import Bot, eventually, fork, together
 from support.homeserver import SERVER_NAME
 from support.people import People, Room
 from support.proxy import POLL, SYNC, Proxy
@@ -43,17 +43,6 @@ async def answers_promptly(room: Room, count: int) -> None:
         assert replies[before:] == [str(m) for m in range(n + 1)]
 
 
-async def test_muted_bot_gives_the_reply_up(room: Room, quick_bot: Bot) -> None:
-    """Where the bot may not speak (403) that is logged; once it may again, it answers."""
-    await quick_bot.run()
-    await mute(room)
-    event_id = await room.command("muted")
-    await quick_bot.logs(f"Gave up on the reply to {event_id} in {room.room_id}: HTTP 403 M_FORBID")
-    await mute(room, False)
-    await room.command("unmuted")
-    assert await room.replies(1) == ["unmuted"]
-
-
 async def test_bot_kicked_between_command_and_reply(
     people: People, room: Room, quick_bot: Bot, proxy: Proxy
 ) -> None:
@@ -70,17 +59,6 @@ async def test_bot_kicked_between_command_and_reply(
     await room.user.invite(room.room_id, people.bot_id)
     await room.command("welcome back")
     assert await room.replies(1) == ["welcome back"]
-
-
-async def test_reply_too_large_costs_one_reply(room: Room, bot: Bot) -> None:
-    """A reply that no event can hold (413) is logged, and the next command is answered."""
-    bot.script = fork(bot.directory, HUGE)
-    await bot.run()
-    event_id = await room.command("huge")
-    await room.command("fits")
-    assert await room.replies(1) == ["fits"]
-    reason = "HTTP 413 M_TOO_LARGE"
-    assert f"Gave up on the reply to {event_id} in {room.room_id}: {reason}" in bot.log
 
 
 async def test_lone_surrogate_holds_nothing_up(room: Room, proxied_bot: Bot, proxy: Proxy) -> None:
@@ -108,34 +86,41 @@ async def test_lone_surrogate_holds_nothing_up(room: Room, proxied_bot: Bot, pro
 
 
 @pytest.mark.speed(60)
-async def test_send_that_always_fails_is_given_up(room: Room, quick_bot: Bot, proxy: Proxy) -> None:
-    """A command that only ever gets 500 is logged with its event ID and its room goes on."""
+async def test_patience_is_for_one_room_and_one_trouble(
+    people: People, quick_bot: Bot, proxy: Proxy
+) -> None:
+    """A reply is given up after ten minutes; trouble before a quiet time does not count."""
     await quick_bot.run()
+    rooms = [await people.room() for _ in range(3)]
+    await together(
+        always_fails(rooms[0], quick_bot, proxy),
+        fails_after_quiet(rooms[1], quick_bot, proxy, "Gave up on"),
+        fails_after_quiet(rooms[2], quick_bot, proxy, "Answered"),
+    )
+
+
+async def always_fails(room: Room, bot: Bot, proxy: Proxy) -> None:
+    """Assert that a command that only ever gets 500 is given up, and that its room goes on."""
     with proxy.inject(faults.internal_error, sends_to(room.room_id)) as failing:
         event_id = await room.command("hopeless")
         started = time.monotonic()
-        await quick_bot.logs(f"Gave up on the reply to {event_id} in {room.room_id}: HTTP 500")
+        await bot.logs(f"Gave up on the reply to {event_id} in {room.room_id}: HTTP 500")
         assert failing.happened > 3
         assert 580 < (time.monotonic() - started) * 60 < 900, "it was to be tried for ten minutes"
     await room.command("next")
     assert await room.replies(1) == ["next"]
 
 
-@pytest.mark.speed(60)
-@pytest.mark.parametrize("ends_in", ["Gave up on", "Answered"])
-async def test_quiet_time_is_no_time_of_failure(
-    room: Room, quick_bot: Bot, proxy: Proxy, ends_in: str
-) -> None:
-    """A room that failed once, for good or not, and was then quiet has the same patience as any."""
-    await quick_bot.run()
+async def fails_after_quiet(room: Room, bot: Bot, proxy: Proxy, ends_in: str) -> None:
+    """Assert that a room that failed, for good or not, and was quiet has the patience of any."""
     sends = sends_to(room.room_id)
     with (
         proxy.inject(faults.internal_error, sends, times=1) as failure,
         proxy.inject(FORBIDDEN, sends if ends_in == "Gave up on" else "nothing"),
     ):
-        await room.command("first")
+        event_id = await room.command("first")
         await failure.happens()
-        await quick_bot.logs(ends_in)
+        await eventually(lambda: re.search(f"{ends_in}.*{re.escape(event_id)}", bot.log))
     await asyncio.sleep(11)  # The quiet time itself: eleven minutes for the bot.
     with proxy.inject(faults.internal_error, sends, times=5) as failure:
         await room.command("hello")
@@ -179,12 +164,13 @@ async def test_others_are_answered_promptly_while_rooms_misbehave(
     ):
         for room in (hanging, failing, limited):
             await room.command("first")
-        lost = [await muted.command("first"), await huge.command("huge")]
+        lost = {await muted.command("first"): muted, await huge.command("huge"): huge}
         await answers_promptly(good, 40)
         for fault in (silence, errors, limits):
             assert fault.happened > 1
-    for event_id in lost:
-        await quick_bot.logs(f"Gave up on the reply to {event_id}")
+    for event_id, room in lost.items():
+        reason = "HTTP 403 M_FORBIDDEN" if room is muted else "HTTP 413 M_TOO_LARGE"
+        await quick_bot.logs(f"Gave up on the reply to {event_id} in {room.room_id}: {reason}")
     await mute(muted, False)
     for room in (hanging, failing, limited, muted, huge):
         await room.command("second")

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import itertools
 import json
 import operator
 import os
@@ -15,8 +16,10 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
+from aiohttp import web
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -26,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.bot import ECHOBOT, Bot, eventually, new_bot
 from support.homeserver import User, running_homeserver
 from support.people import Room, new_people
-from support.proxy import POLL, running_proxy, silence
-
-from bench.scripted import ScriptedHomeserver, scripted_homeserver
+from support.proxy import POLL, running_proxy, served, silence
+from support.scripted import BOT, JSON, SYNAPSE, Scripted
 
 HERE = Path(__file__).parent
 TUTORIAL, FLOOR = "tutorial's loop", "floor"
@@ -41,7 +43,7 @@ STARTED = time.perf_counter()
 Figures = dict[str, float]
 Scripts = dict[str, Path]
 Sample = Callable[[str], Awaitable[float]]
-Feeders = tuple[dict[str, ScriptedHomeserver], dict[str, psutil.Process]]
+Feeders = tuple[dict[str, "Feeder"], dict[str, psutil.Process]]
 
 
 @dataclass
@@ -210,12 +212,54 @@ async def first_start(stack: AsyncExitStack, scripts: Scripts) -> list[Row]:
     ]
 
 
+class Feeder(Scripted):
+    """A homeserver that takes little time: commands in ten rooms, at most 20 in a response."""
+
+    def __init__(self) -> None:
+        super().__init__(SYNAPSE)
+        self.turns = itertools.cycle([self.room() for _ in range(10)])
+        self.unsaid = self.unanswered = 0
+        self.told_at: list[float] = []
+        self.replies_at: list[float] = []
+
+    async def feed(self, commands: int) -> tuple[float, float]:
+        """Send commands; return the s from the first response to the first reply and the last."""
+        await eventually(lambda: self.told_at)  # What is said before the first sync is history.
+        await asyncio.sleep(0.005)  # So that what the bot does after a reply is done.
+        self.unsaid = self.unanswered = commands
+        self.told_at, self.replies_at = [], []
+        self.say()
+        await eventually(lambda: not self.unanswered, 120)
+        return self.replies_at[0] - self.told_at[0], self.replies_at[-1] - self.told_at[0]
+
+    def say(self) -> None:
+        """Say the next 20 commands."""
+        for _ in range(min(20, self.unsaid)):
+            next(self.turns).command(self.unsaid)
+            self.unsaid -= 1
+
+    async def sync(self, query: Any) -> JSON:
+        """Answer a poll, with new commands if there are any left."""
+        self.say()
+        response = await super().sync(query)
+        self.told_at.append(time.perf_counter())
+        return response
+
+    async def answer(self, request: web.Request, path: list[str]) -> JSON:
+        """Answer any request; note when replies came."""
+        if "send" in path:
+            self.replies_at.append(time.perf_counter())
+            self.unanswered -= 1
+        return await super().answer(request, path)
+
+
 async def feeders(stack: AsyncExitStack, scripts: Scripts) -> Feeders:
     """Start a bot for each column on a scripted homeserver; return these and the processes."""
     homeservers, processes = {}, {}
     for column, script in scripts.items():
-        homeserver = await stack.enter_async_context(scripted_homeserver())
-        bot = await start(stack, script, homeserver.url, "@bot:echobot.test")
+        homeserver = Feeder()
+        url = await stack.enter_async_context(served(homeserver.handle))
+        bot = await start(stack, script, url, BOT)
         assert bot.process is not None
         homeservers[column], processes[column] = homeserver, psutil.Process(bot.process.pid)
         await homeserver.feed(1)
@@ -306,13 +350,11 @@ def main() -> None:
     add = parser.add_argument
     add("--bot", type=Path, action="append", help="a bot to measure, once more for another one")
     add("--only", nargs="+", choices=ROWS, default=[*ROWS], metavar="ROW", help=" ".join(ROWS))
-    add("--picture", type=Path, help="draw what was answered into this SVG file")
     add("--write", action="store_true", help="write the table into README.md, and bench.svg")
     options = parser.parse_args()
     bots = {path.name: path.resolve() for path in options.bot or [ECHOBOT]}
-    picture = HERE / "bench.svg" if options.write else options.picture
-    if len(bots) < len(options.bot or bots) or (picture and "promise" not in options.only):
-        parser.error("bots need different file names, a picture needs the row promise")
+    if len(bots) < len(options.bot or bots) or (options.write and len(options.only) < len(ROWS)):
+        parser.error("bots need different file names, and only all rows are written")
     measured = asyncio.run(measure(bots | REFERENCES, options.only))
     cells = [row.cells() for rows in measured.values() for row in rows]
     table = tabulate(cells, headers="keys", tablefmt="github", missingval="-")
@@ -321,8 +363,7 @@ def main() -> None:
     if options.write:
         before, _, after = README.read_text().split(MARKER)
         README.write_text(f"{before}{MARKER}{text}{MARKER}{after}")
-    if picture:
-        draw(measured["promise"][::2], picture)
+        draw(measured["promise"][::2], HERE / "bench.svg")
 
 
 if __name__ == "__main__":

@@ -205,14 +205,23 @@ async def cut_after(proxy: Proxy, request: web.Request) -> web.StreamResponse:
 
 async def cut_body(proxy: Proxy, request: web.Request) -> web.StreamResponse:
     """The homeserver's answer is cut in the middle of its body."""
-    answer = await proxy.forward(request)
-    whole = answer.body if isinstance(answer.body, bytes) else b""
+    await begin(await proxy.forward(request), request)
+    return cut(request)
+
+
+async def stall(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+    """The homeserver's answer stops in the middle of its body and never goes on."""
+    await begin(await proxy.forward(request), request)
+    return await silence(proxy, request)
+
+
+async def begin(answer: web.Response, request: web.Request) -> None:
+    """Send the first half of an answer."""
+    assert isinstance(answer.body, bytes)
     half = web.StreamResponse(status=answer.status, headers=answer.headers)
-    half.content_length = len(whole)
+    half.content_length = len(answer.body)
     await half.prepare(request)
-    await half.write(whole[: len(whole) // 2])
-    cut(request)
-    return half
+    await half.write(answer.body[: len(answer.body) // 2])
 
 
 async def silence(proxy: Proxy, request: web.Request) -> web.StreamResponse:
@@ -302,6 +311,7 @@ EVERY_FAULT: dict[str, Fault] = {
     "not_json": not_json,
     "empty_object": empty_object,
     "silence": silence,
+    "stall": stall,
     "rate_limited": rate_limited(200),
     "rate_limited_by_header": rate_limited_by_header(1),
     "delay": delay(0.5),

@@ -12,9 +12,11 @@ import itertools
 import json
 import re
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 from urllib.parse import unquote
 
@@ -277,8 +279,8 @@ def select(room: Room, start: int, asked: JSON, to: float = float("inf")) -> lis
     """Return a room's events after a position, up to another, that a filter does not leave out."""
     return [
         event
-        for position, event in room.events
-        if start < position <= to
+        for position, event in room.events[bisect_right(room.events, start, key=itemgetter(0)) :]
+        if position <= to
         and event["type"] in asked.get("types", [event["type"]])
         and event["sender"] not in asked.get("not_senders", [])
     ]
