@@ -109,7 +109,7 @@ async def test_crash_while_one_room_hangs(
     """However far another room has come, no position was saved that is past its command."""
     other = await people.room()
     await proxied_bot.run()
-    with proxy.inject(faults.hold(asyncio.Event()), sends_to(room.room_id)) as hanging:
+    with proxy.inject(faults.hold(asyncio.Event().wait), sends_to(room.room_id)) as hanging:
         await room.command("hangs")
         await hanging.happens()
         for n in range(5):

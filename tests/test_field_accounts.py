@@ -1,13 +1,10 @@
 """What is seen in the field of accounts, and of homeservers that move."""
 
-from pathlib import Path
-
 import pytest
 import support.proxy as faults
 from support.bot import together
-from support.proxy import LOGIN, POLL, SEND, SYNC, Fault, running_proxy
+from support.proxy import LOGIN, POLL, SEND, SYNC
 from support.scripted import field_of
-from test_settings import RESOLVER, WELL_KNOWN, new_certificate
 
 STATES: dict[str, tuple[int, str, dict[str, object]]] = {
     "M_USER_LOCKED": (401, "This account has been locked", {"soft_logout": True}),
@@ -74,38 +71,6 @@ async def test_another_url_of_the_same_account_keeps_the_position(url: str) -> N
         await field.bot.start()
         await room.answers(*range(12))
         assert "Not using the state" not in field.bot.log
-
-
-@pytest.mark.parametrize(
-    "old_does", [faults.cut_before, faults.not_found], ids=["old gone", "old is another's"]
-)
-async def test_homeserver_that_moved_is_found_at_the_next_start(
-    tmp_path: Path, old_does: Fault
-) -> None:
-    """Where .well-known names a new URL, that is used from the next start on, nothing lost."""
-    async with field_of() as field:
-        bot, room = field.bot, field.server.room()
-        tls = new_certificate(bot, tmp_path, "echobot.test")
-        bot.environment["MATRIX_HOMESERVER"] = ""
-        async with running_proxy(field.server.url, tls=tls) as site:
-            bot.customize = RESOLVER.format(port=site.url.rpartition(":")[2])
-            async with running_proxy(field.server.url) as old:
-                publish = faults.answer(200, {"m.homeserver": {"base_url": old.url}})
-                with site.inject(publish, WELL_KNOWN) as asked:
-                    await bot.run()
-                    assert asked.happened
-                await bot.kill()
-                room.command(*range(3))
-                publish = faults.answer(200, {"m.homeserver": {"base_url": field.proxy.url}})
-                with (
-                    site.inject(publish, WELL_KNOWN) as asked,
-                    old.inject(old_does) as asked_of_old,
-                ):
-                    await bot.start()
-                    await room.answers(*range(3))
-                    assert asked.happened
-                    assert not asked_of_old.happened
-        assert bot.session["homeserver"] == field.proxy.url
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
 ) -> None:
     """Another room is answered meanwhile; after a kill the bot joins, and all is said once."""
     await proxied_bot.run()
-    with proxy.inject(faults.hold(asyncio.Event()), JOIN) as hanging:
+    with proxy.inject(faults.hold(asyncio.Event().wait), JOIN) as hanging:
         invited = await people.invite()
         await invited.command("first")
         await room.command(*range(5))
@@ -61,7 +61,7 @@ async def test_pending_invitation_is_not_forgotten_by_a_kill_in_the_first_start(
 ) -> None:
     """Killed while the first join hangs, the bot joins at the next start and lost nothing."""
     invited = await people.invite()
-    with proxy.inject(faults.hold(asyncio.Event()), JOIN) as hanging:
+    with proxy.inject(faults.hold(asyncio.Event().wait), JOIN) as hanging:
         await proxied_bot.run()
         await hanging.happens()
         await proxied_bot.kill()
@@ -77,7 +77,7 @@ async def test_commands_around_a_join_are_answered_once(
     """Polls for other rooms pass them by; then the join and the first timeline both bring them."""
     await proxied_bot.run()
     until = asyncio.Event()
-    with proxy.inject(faults.hold(until), JOIN) as hanging:
+    with proxy.inject(faults.hold(until.wait), JOIN) as hanging:
         invited = await people.invite()
         await hanging.happens()
         early = [await invited.command(n) for n in range(5)]

@@ -30,18 +30,6 @@ async def test_any_fault_on_any_request_costs_and_doubles_nothing(
     assert len(await people.account.devices()) == 2
 
 
-async def test_lost_answer_to_a_send_does_not_double_the_reply(
-    room: Room, proxied_bot: Bot, proxy: Proxy
-) -> None:
-    """Three times in a row the homeserver has the reply and the bot does not hear of it."""
-    await proxied_bot.run()
-    with proxy.inject(faults.cut_after, SEND, times=3) as lost:
-        await room.command("first", "second")
-        assert await room.replies(2) == ["first", "second"]
-    assert lost.happened == 3
-    assert proxy.count(SEND) == 5
-
-
 async def test_login_between_lost_answer_and_repetition_does_not_double_the_reply(
     room: Room, quick_bot: Bot, proxy: Proxy
 ) -> None:

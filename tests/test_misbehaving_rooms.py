@@ -49,7 +49,7 @@ async def test_bot_kicked_between_command_and_reply(
     """The reply that came too late is logged; invited again, the bot comes back and answers."""
     await quick_bot.run()
     kicked = asyncio.Event()
-    with proxy.inject(faults.hold(kicked), sends_to(room.room_id), times=1) as held:
+    with proxy.inject(faults.hold(kicked.wait), sends_to(room.room_id), times=1) as held:
         event_id = await room.command("too late")
         await held.happens()
         path = f"/rooms/{room.room_id}/kick"
@@ -194,7 +194,7 @@ async def test_sends_that_hang_in_110_rooms_stop_no_other_room(
 
     with (
         proxy.inject(faults.rewrite(multiply), POLL),
-        proxy.inject(faults.hold(asyncio.Event()), sends_to("!hanging")) as hanging,
+        proxy.inject(faults.hold(asyncio.Event().wait), sends_to("!hanging")) as hanging,
     ):
         await proxied_bot.run()
         await room.command("hello")

@@ -1,6 +1,7 @@
 """The bot runs on every Python that it is said to run on, and on what nio allows."""
 
 import asyncio
+import os
 import shutil
 import subprocess
 import sys
@@ -14,19 +15,18 @@ from support.proxy import Proxy
 REQUIREMENTS = ECHOBOT.with_name("requirements.txt")
 
 
-def interpreters() -> dict[str, str]:
-    """Return the Pythons of this machine that really run, by version."""
-    candidates = [sys.executable, *(shutil.which(f"python3.{minor}") for minor in range(11, 15))]
-    if shutil.which("pyenv"):
-        # What stands for it on PATH may be an empty shim.
-        root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True)
-        candidates += map(str, Path(root.stdout.strip()).glob("versions/*/bin/python"))
-    found: dict[str, str] = {}
-    for candidate in filter(None, candidates):
-        command = [candidate, "-c", "import sys, venv; print('%d.%d' % sys.version_info[:2])"]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        found.setdefault(run.stdout.strip(), candidate)
-    return found
+def interpreter(version: str) -> str | None:
+    """Return a Python of that version that really runs here."""
+    # What stands for it on PATH may be an empty shim of pyenv.
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = map(str, root.glob(f"versions/{version}.*/bin/python"))
+    for candidate in (shutil.which(f"python{version}"), *found):
+        if (
+            candidate
+            and not subprocess.run([candidate, "-c", "import venv"], check=False).returncode
+        ):
+            return candidate
+    return None
 
 
 async def run(*command: object) -> None:
@@ -65,7 +65,7 @@ async def test_bot_answers_on_python(
     people: People, bot: Bot, tmp_path: Path, version: str
 ) -> None:
     """With nothing but requirements.txt."""
-    python = interpreters().get(version)
+    python = interpreter(version)
     if python is None:
         pytest.skip(f"Python {version} is not on this machine")
     await is_installed(bot, tmp_path, python)

@@ -4,7 +4,7 @@ import asyncio
 import random
 import re
 
-from support.bot import Bot, fork
+from support.bot import Bot, fork, together
 from support.people import People, Room
 
 SLOW = """
@@ -30,19 +30,13 @@ async def reply_to(event: RoomMessageText) -> str | None:
     return event.body.upper()
 """
 
-DICE = r"""
-async def reply_to(event: RoomMessageText) -> str | None:
-    await asyncio.sleep(random.uniform(0, 0.1))
-    roll = event.body.removeprefix("!roll ")
-    return None if roll == event.body else f"{roll}: {random.randint(1, 6)}"
-"""
-
 SECRETARY = """
 async def reply_to(event: RoomMessageText) -> str | None:
+    await asyncio.sleep(random.uniform(0, 0.1))
     mentions = event.source["content"].get("m.mentions")
     if not isinstance(mentions, dict) or BOT not in mentions.get("user_ids", []):
         return None
-    return f"Noted: {event.body}"
+    return f"{event.body} is number {random.randint(1, 10**6)}"
 """
 
 
@@ -74,44 +68,27 @@ async def test_bug_in_reply_to_costs_one_reply(room: Room, bot: Bot) -> None:
     assert bot.running
 
 
-async def say_and_kill(bot: Bot, burst: list[tuple[Room, str, dict[str, object]]]) -> None:
-    """Send all messages in one burst, and kill and start the bot three times meanwhile."""
-
-    async def say() -> None:
-        for room, body, content in burst:
-            await room.say(body, **content)
-
-    saying = asyncio.create_task(say())
-    for _ in range(3):
-        await asyncio.sleep(random.uniform(0.2, 1))
-        await bot.kill()
-        await bot.start()
-    await saying
-
-
-async def test_slow_dice_are_rolled_once(people: People, bot: Bot) -> None:
-    """A bot that takes its time and whose replies are random gives each command one, in order."""
-    rooms = [await people.room() for _ in range(2)]
-    bot.script = fork(bot.directory, DICE)
+async def test_fork_answers_mentions_in_their_threads_once(people: People, bot: Bot) -> None:
+    """Slow, silent to most and with random replies, and killed meanwhile, it doubles none."""
+    bot.script = fork(bot.directory, SECRETARY.replace("BOT", repr(people.bot_id)))
     await bot.run()
-    await say_and_kill(bot, [(room, f"!roll {n}", {}) for n in range(30) for room in rooms])
-    for room in rooms:
+    mention = {"m.mentions": {"user_ids": [people.bot_id]}}
+
+    async def talk(room: Room) -> None:
+        roots = [await room.say(f"topic {n}") for n in range(4)]
+        for n in range(30):
+            thread = {"m.relates_to": {"rel_type": "m.thread", "event_id": roots[n % 4]}}
+            await room.say(f"chat {n}", **thread)
+            await room.say(f"task {n}", **thread, **mention)
         replies = await room.replies(30)
-        assert [reply.partition(":")[0] for reply in replies] == [str(n) for n in range(30)]
-        assert all(re.fullmatch(r"\d+: [1-6]", reply) for reply in replies)
+        assert [reply.partition(" is ")[0] for reply in replies] == [f"task {n}" for n in range(30)]
+        threads = [event["content"]["m.relates_to"]["event_id"] for event in await room.events()]
+        assert threads == [roots[n % 4] for n in range(30)]
 
+    async def kill() -> None:
+        for _ in range(3):
+            await asyncio.sleep(random.uniform(0.2, 1))
+            await bot.kill()
+            await bot.start()
 
-async def test_mentions_are_answered_in_their_threads(room: Room, bot: Bot) -> None:
-    """In a room full of threads, a bot that answers when mentioned does so once, in the thread."""
-    bot.script = fork(bot.directory, SECRETARY.replace("BOT", repr(room.bot_id)))
-    await bot.run()
-    roots = [await room.say(f"topic {n}") for n in range(4)]
-    mention = {"m.mentions": {"user_ids": [room.bot_id]}}
-    burst: list[tuple[Room, str, dict[str, object]]] = []
-    for n in range(40):
-        thread = {"m.relates_to": {"rel_type": "m.thread", "event_id": roots[n % 4]}}
-        burst += [(room, f"chat {n}", {**thread}), (room, f"task {n}", {**thread, **mention})]
-    await say_and_kill(bot, burst)
-    assert await room.replies(40) == [f"Noted: task {n}" for n in range(40)]
-    threads = [event["content"]["m.relates_to"]["event_id"] for event in await room.events()]
-    assert threads == [roots[n % 4] for n in range(40)]
+    await together(kill(), *[talk(await people.room()) for _ in range(2)])

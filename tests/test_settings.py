@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import support.proxy as faults
 import trustme
-from aiohttp import web
 from support.bot import ECHOBOT, Bot, new_bot
 from support.homeserver import PASSWORD, User, free_port
 from support.people import People, Room
@@ -134,21 +133,6 @@ async def test_homeserver_that_is_down_at_the_start_is_waited_for(people: People
             assert len(bot.log.splitlines()) == 3
 
 
-async def test_strange_answers_at_the_first_login_are_waited_out(
-    quick_bot: Bot, proxy: Proxy
-) -> None:
-    """A homeserver that starts, or the page of a hotel's network, is told and costs nothing."""
-    course = iter([faults.cut_before] * 3 + [faults.not_json] * 7)
-
-    async def in_order(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        return await next(course)(proxy, request)
-
-    with proxy.inject(in_order, faults.LOGIN, times=10) as strange:
-        await quick_bot.run()
-        assert strange.happened == 10
-    assert quick_bot.log.count(f"Trouble with the login at {proxy.url}") == 2
-
-
 async def test_name_that_does_not_resolve_is_waited_for() -> None:
     """It may be the network that is not up yet; the line has the resolver's own words."""
     async with new_bot("https://matrix.invalid") as bot:
@@ -209,22 +193,31 @@ async def server(people: People, bot: Bot, tmp_path: Path) -> AsyncIterator[Prox
 
 
 async def test_homeserver_is_found_from_the_user_id(
-    people: People, bot: Bot, server: Proxy
+    people: People, room: Room, bot: Bot, server: Proxy
 ) -> None:
-    """What the server publishes is used, itself on 404; while it can't tell, what was used last."""
+    """What the server publishes is used, itself on 404; while it can't tell, what was used last.
+
+    So a homeserver that has moved is found at the next start, and nothing is lost.
+    """
     url = people.homeserver.url
     published = faults.answer(200, {"m.homeserver": {"base_url": f"{url}/"}})
     course = [(faults.not_found, "https://echobot.test"), (published, url)]
     course += [
         (fault, url) for fault in (faults.internal_error, faults.cut_before, faults.not_json)
     ]
+    asked_of_old = 0
     for start, (fault, homeserver) in enumerate(course, 1):
         with server.inject(fault, WELL_KNOWN) as asked:
             await bot.start()
             await bot.ready(start)
-        assert asked.happened
-        assert bot.session["homeserver"] == homeserver
+            assert asked.happened
+            if start > 1:
+                assert await room.replies(start - 1) == [str(n) for n in range(1, start)]
+                assert len(server.requests) == asked_of_old + asked.happened
+            assert bot.session["homeserver"] == homeserver
         await bot.stop()
+        await room.command(start)
+        asked_of_old = len(server.requests)
 
 
 @pytest.mark.parametrize("published", [None, {"base_url": "nowhere"}], ids=["null", "no URL"])

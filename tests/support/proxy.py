@@ -8,6 +8,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -236,24 +237,19 @@ async def done_but_silent(proxy: Proxy, request: web.Request) -> web.StreamRespo
     return await silence(proxy, request)
 
 
+def hold(until: Callable[[], Awaitable[object]]) -> Fault:
+    """The request is passed on only after something was waited for."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        await until()
+        return await proxy.forward(request)
+
+    return fault
+
+
 def delay(seconds: float) -> Fault:
     """The request is passed on only after a while."""
-
-    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(seconds)
-        return await proxy.forward(request)
-
-    return fault
-
-
-def hold(until: asyncio.Event) -> Fault:
-    """The request is passed on only once the event is set."""
-
-    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        await until.wait()
-        return await proxy.forward(request)
-
-    return fault
+    return hold(partial(asyncio.sleep, seconds))
 
 
 def rewrite(change: Callable[[Any], Any]) -> Fault:
