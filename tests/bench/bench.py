@@ -267,7 +267,7 @@ async def feeders(stack: AsyncExitStack, scripts: Scripts) -> Feeders:
 
 
 async def speed(stack: AsyncExitStack, scripts: Scripts) -> list[Row]:
-    """How fast it is when the homeserver takes no time, and what that costs."""
+    """How fast it is when the homeserver takes little time, and what that costs."""
     homeservers, processes = await feeders(stack, scripts)
     cpu = dict.fromkeys(scripts, 0.0)
 
