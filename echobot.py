@@ -122,7 +122,7 @@ def leave(status: int, reason: str) -> NoReturn:
 async def sync_forever(client: "Client", state: "State") -> None:
     """Start to answer each sync response, and poll on without waiting for that."""
     room = cache(lambda room_id: Room(client, room_id))
-    response = await client.persist(client.poll, "the sync")  # Always without a since.
+    response = await client.persist(client.poll, "the sync")  # Without since: old invitations too.
     notify("READY=1")
     response["next_batch"] = state.next_batch or response["next_batch"]
     async with asyncio.TaskGroup() as tasks:  # A bug in one of them ends the bot.

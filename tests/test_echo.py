@@ -137,6 +137,20 @@ async def test_reply_outside_a_thread_relates_to_nothing(room: Room, bot: Bot) -
     assert contents == [plain] * len(relations)
 
 
+async def test_upgraded_room_is_followed(people: People, room: Room, bot: Bot) -> None:
+    """Invited into the new room, the bot answers there, also what was asked before it joined."""
+    await bot.run()
+    await room.command("in the old room")
+    await room.replies(1)
+    path = f"/rooms/{room.room_id}/upgrade"
+    upgrade = await room.user.request("POST", path, {"new_version": "11"})
+    new = Room(upgrade["replacement_room"], room.user, room.bot_id)
+    await room.user.invite(new.room_id, people.bot_id)
+    await new.command("in the new room")
+    assert await new.replies(1) == ["in the new room"]
+    assert await room.bodies() == ["in the old room"]
+
+
 ENCRYPTED = {
     "algorithm": "m.megolm.v1.aes-sha2",
     "ciphertext": "AwgAEnACgAkLmt6qF84IK",

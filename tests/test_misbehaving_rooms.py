@@ -171,6 +171,7 @@ async def test_others_are_answered_promptly_while_rooms_misbehave(
     for event_id, room in lost.items():
         reason = "HTTP 403 M_FORBIDDEN" if room is muted else "HTTP 413 M_TOO_LARGE"
         await quick_bot.logs(f"Gave up on the reply to {event_id} in {room.room_id}: {reason}")
+    assert proxy.count(sends_to(huge.room_id)) == 1, "what is too large stays so"
     await mute(muted, False)
     for room in (hanging, failing, limited, muted, huge):
         await room.command("second")

@@ -17,15 +17,13 @@ REQUIREMENTS = ECHOBOT.with_name("requirements.txt")
 
 def interpreter(version: str) -> str | None:
     """Return a Python of that version that really runs here."""
-    # What stands for it on PATH may be an empty shim of pyenv.
+    name = f"python{version}"
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = map(str, root.glob(f"versions/{version}.*/bin/python"))
-    for candidate in (shutil.which(f"python{version}"), *found):
-        if (
-            candidate
-            and not subprocess.run([candidate, "-c", "import venv"], check=False).returncode
-        ):
-            return candidate
+    paths = [Path(sys.executable).with_name(name), *root.glob(f"versions/{version}.*/bin/{name}")]
+    for found in filter(None, map(shutil.which, [name, *map(str, paths)])):
+        # What is on PATH may be an empty shim of pyenv.
+        if subprocess.run([found, "-c", "import venv"], check=False).returncode == 0:
+            return found
     return None
 
 

@@ -76,7 +76,7 @@ async def test_trouble_is_logged_when_it_starts_and_when_it_ends(
 
 
 class Systemd:
-    """The socket of systemd's notify protocol, and what came in, with the time of arrival."""
+    """The socket of systemd's notify protocol, and what came in."""
 
     def __init__(self, address: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

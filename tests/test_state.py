@@ -219,7 +219,7 @@ async def test_clock_set_wrong_changes_nothing(
     for count, seconds in enumerate((86_400, -86_400), 1):
         with proxy.inject(faults.bad_gateway, SEND, times=4) as errors:
             await room.command("hello")
-            await proxied_bot.logs("502", times=count)
+            await proxied_bot.logs("HTTP 502", times=count)
             offset.write_text(str(seconds))
             assert await room.replies(count, seconds=15) == ["hello"] * count
             assert errors.happened == 4

@@ -218,7 +218,7 @@ class Feeder(Scripted):
     def __init__(self) -> None:
         super().__init__(SYNAPSE)
         self.turns = itertools.cycle([self.room() for _ in range(10)])
-        self.unsaid = self.unanswered = 0
+        self.unsaid = 0
         self.told_at: list[float] = []
         self.replies_at: list[float] = []
 
@@ -226,10 +226,9 @@ class Feeder(Scripted):
         """Send commands; return the s from the first response to the first reply and the last."""
         await eventually(lambda: self.told_at)  # What is said before the first sync is history.
         await asyncio.sleep(0.005)  # So that what the bot does after a reply is done.
-        self.unsaid = self.unanswered = commands
-        self.told_at, self.replies_at = [], []
+        self.unsaid, self.told_at, self.replies_at = commands, [], []
         self.say()
-        await eventually(lambda: not self.unanswered, 120)
+        await eventually(lambda: len(self.replies_at) == commands, 120)
         return self.replies_at[0] - self.told_at[0], self.replies_at[-1] - self.told_at[0]
 
     def say(self) -> None:
@@ -249,7 +248,6 @@ class Feeder(Scripted):
         """Answer any request; note when replies came."""
         if "send" in path:
             self.replies_at.append(time.perf_counter())
-            self.unanswered -= 1
         return await super().answer(request, path)
 
 
