@@ -20,22 +20,11 @@ VARIABLES = (
 )
 
 
-async def refusal(bot: Bot, *arguments: str) -> tuple[int, str]:
-    """Start a bot that can't run; return its exit status and the line that says why."""
-    await bot.start(*arguments)
-    status = await bot.wait(20)
-    assert "Traceback" not in bot.log
-    *_, line = bot.log.splitlines()
-    assert bot.log.count("echobot: ") == 1
-    assert line.startswith("echobot: ")
-    return status, line
-
-
 @pytest.mark.parametrize("missing", [["USER"], ["PASSWORD"], ["USER", "PASSWORD"]], ids=" ".join)
 async def test_missing_variable_is_named(missing: list[str]) -> None:
     """Each at once, if more than one is."""
     async with new_bot("", 1, **{f"MATRIX_{name}": "" for name in missing}) as bot:
-        status, line = await refusal(bot)
+        status, line = await (await bot.start()).refused()
     assert status == 78
     assert all(f"MATRIX_{name}" in line for name in missing)
 
@@ -61,7 +50,7 @@ async def test_unusable_value_is_refused_with_78(name: str, value: str) -> None:
     """Waiting would not mend it; the one line has the variable's name, and never a password."""
     async with new_bot("http://127.0.0.1:9") as bot:
         bot.environment[name] = value
-        status, line = await refusal(bot)
+        status, line = await (await bot.start()).refused()
         assert bot.log.splitlines() == [line]
     assert status == 78
     assert name in line
@@ -74,7 +63,7 @@ async def test_unusable_value_is_refused_with_78(name: str, value: str) -> None:
 async def test_wrong_secret_is_refused_with_77(bot: Bot, name: str, value: str) -> None:
     """The line names the homeserver, the user and the variable to check, not the secret."""
     bot.environment[name] = value
-    status, line = await refusal(bot)
+    status, line = await (await bot.start()).refused()
     assert status == 77
     for part in (bot.environment["MATRIX_HOMESERVER"], bot.environment["MATRIX_USER"], name):
         assert part in line
@@ -84,7 +73,7 @@ async def test_wrong_secret_is_refused_with_77(bot: Bot, name: str, value: str) 
 async def test_access_token_of_another_user_is_refused_with_78(alice: User, bot: Bot) -> None:
     """The line says whose token it is."""
     bot.environment["MATRIX_ACCESS_TOKEN"] = alice.access_token
-    status, line = await refusal(bot)
+    status, line = await (await bot.start()).refused()
     assert status == 78
     assert alice.user_id in line
     assert alice.access_token not in line
@@ -94,7 +83,7 @@ async def test_access_token_of_another_user_is_refused_with_78(alice: User, bot:
 async def test_unusable_state_directory_is_refused_with_78(bot: Bot, directory: str) -> None:
     """One that is not there, that is a file, or that nothing can be written to (even by root)."""
     bot.environment["STATE_DIRECTORY"] = directory
-    status, line = await refusal(bot)
+    status, line = await (await bot.start()).refused()
     assert status == 78
     assert "STATE_DIRECTORY" in line
     assert directory in line
@@ -103,7 +92,7 @@ async def test_unusable_state_directory_is_refused_with_78(bot: Bot, directory: 
 @pytest.mark.parametrize("arguments", [["--verbose"], ["run", "now"]])
 async def test_unknown_argument_is_refused_with_2(bot: Bot, arguments: list[str]) -> None:
     """There are no arguments but --help."""
-    status, line = await refusal(bot, *arguments)
+    status, line = await (await bot.start(*arguments)).refused()
     assert status == 2
     assert "--help" in line
 
@@ -226,7 +215,7 @@ async def test_useless_well_known_is_refused_with_78(
 ) -> None:
     """The line says what was asked, and to set MATRIX_HOMESERVER."""
     with server.inject(faults.answer(200, {"m.homeserver": published}), WELL_KNOWN) as asked:
-        status, line = await refusal(bot)
+        status, line = await (await bot.start()).refused()
     assert status == 78
     assert "echobot.test" in line
     assert "MATRIX_HOMESERVER" in line

@@ -200,9 +200,8 @@ async def test_second_copy_on_the_same_directory_is_refused(
     await bot.run()
     second = Bot("", tmp_path)
     second.environment = bot.environment
-    await second.start()
-    assert await second.wait() == 75
-    (line,) = second.log.splitlines()
+    status, line = await (await second.start()).refused()
+    assert status == 75
     assert "another copy is running" in line
     await room.command("hello")
     assert await room.replies(1) == ["hello"]

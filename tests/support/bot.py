@@ -138,6 +138,14 @@ class Bot:
         assert self.process is not None
         return await asyncio.wait_for(self.process.wait(), seconds)
 
+    async def refused(self, seconds: float = 60) -> tuple[int, str]:
+        """Wait for it to end by itself; return its exit status and the one line that says why."""
+        status = await self.wait(seconds)
+        (line,) = [line for line in self.log.splitlines() if line.startswith("echobot: ")]
+        assert self.log.endswith(f"{line}\n")
+        assert "Traceback" not in self.log
+        return status, line
+
     @property
     def log(self) -> str:
         """All that its processes have written to stdout and stderr."""
