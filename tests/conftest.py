@@ -1,5 +1,6 @@
 """What the tests share: one homeserver for all, and for each a bot and people of its own."""
 
+import os
 from collections.abc import AsyncIterator
 
 import pytest
@@ -7,6 +8,11 @@ from support.bot import Bot, new_bot
 from support.homeserver import Homeserver, User, running_homeserver
 from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two for each core, as the tests wait about as long as they work; each has a Synapse."""
+    return min(2 * (os.cpu_count() or 1), 16)
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,12 @@ from aiohttp import web
 from support.bot import Bot, together
 from support.people import Room
 from support.proxy import JOIN, MESSAGES, SEND, SYNC, Fault, Proxy
-from support.scripted import CONDUIT, DENDRITE, Manners, field_of
+from support.scripted import CONDUIT, DENDRITE, SYNAPSE, Manners, field_of
 
 FORBIDDEN = faults.answer(403, {"errcode": "M_FORBIDDEN", "error": "You are not invited"})
 NOT_FOUND = faults.answer(404, {"errcode": "M_NOT_FOUND", "error": "Unknown room"})
 LEAVE = r"POST .*/leave"
+OWNER = "@owner:echobot.test"  # who invites nobody
 REFUSALS = [FORBIDDEN, NOT_FOUND, faults.bad_gateway]
 
 
@@ -32,37 +33,42 @@ async def test_room_joined_in_part_is_asked_for(room: Room, proxied_bot: Bot, pr
     assert all(only["room"]["state"].get("lazy_load_members") is True for only in filters)
 
 
-async def test_join_refused_for_a_moment() -> None:
-    """Refused three times after the invitation, the join is made within seconds."""
-    await together(*map(join_is_refused_for_a_moment, REFUSALS))
+@pytest.mark.parametrize(
+    ("pattern", "times"), [(JOIN, 3), (MESSAGES, 1), (MESSAGES, 3)], ids=["join", "read", "reads"]
+)
+async def test_join_or_read_refused_for_a_moment(pattern: str, times: int) -> None:
+    """Refused just after the invitation, it is made within seconds: all since is answered."""
+    await together(*(request_is_refused(refusal, pattern, times) for refusal in REFUSALS))
 
 
-async def join_is_refused_for_a_moment(refusal: Fault) -> None:
+async def request_is_refused(refusal: Fault, pattern: str, times: int) -> None:
     """Assert that of one way to refuse."""
-    async with field_of() as field:
+    async with field_of(DENDRITE) as field:
         await field.bot.run()
-        with field.proxy.inject(refusal, JOIN, times=3) as refused:
+        with field.proxy.inject(refusal, pattern, times=times) as refused:
             room = field.server.room("invite")
-            room.command("hello")
-            await room.answers("hello", seconds=15)
-            assert refused.happened == 3
+            room.command(*range(14))
+            await room.answers(*range(14), seconds=15)
+            assert refused.happened == times
 
 
 @pytest.mark.parametrize("repeats", [False, True], ids=["told once", "told in every sync"])
-async def test_join_refused_for_good_is_given_up_quietly(repeats: bool) -> None:
+async def test_invitation_refused_for_good_is_given_up_quietly(repeats: bool) -> None:
     """Tried for a minute (ten if it is no refusal), seldom, told once; the rest goes on."""
-    await together(*(join_is_given_up(refusal, repeats) for refusal in REFUSALS))
+    cases = [(refusal, "*") for refusal in REFUSALS] + [(FORBIDDEN, OWNER)]
+    await together(*(invitation_is_given_up(*case, repeats) for case in cases))
 
 
-async def join_is_given_up(refusal: Fault, repeats: bool) -> None:
-    """Assert that of one way to refuse."""
+async def invitation_is_given_up(refusal: Fault, inviters: str, repeats: bool) -> None:
+    """Assert that of one way to refuse that it is accepted, or that it is rejected."""
     async with field_of(speed=60, repeats_invitations=repeats) as field:
+        field.bot.environment["MATRIX_INVITERS"] = inviters
         good = field.server.room()
         await field.bot.run()
-        with field.proxy.inject(refusal, JOIN) as refused:
+        with field.proxy.inject(refusal, LEAVE if inviters == OWNER else JOIN) as refused:
             bad = field.server.room("invite")
             began = field.now()
-            await field.bot.logs(f"Gave up on joining {bad.room_id}", seconds=20)
+            await field.bot.logs("Gave up on", seconds=20)
             earliest, latest = (540, 900) if refusal is faults.bad_gateway else (45, 240)
             assert earliest < field.now() - began < latest
             await asyncio.sleep(4)  # Four more minutes in which it might rush.
@@ -72,51 +78,24 @@ async def join_is_given_up(refusal: Fault, repeats: bool) -> None:
         assert len([line for line in field.bot.log.splitlines() if bad.room_id in line]) <= 3
 
 
-@pytest.mark.parametrize("inviters", ["*", "@owner:echobot.test"], ids=["accepted", "rejected"])
-async def test_invitation_in_every_sync_makes_no_rush(inviters: str) -> None:
-    """One that can be neither accepted nor rejected is tried now and then, and told once."""
-    await together(*(invitation_makes_no_rush(refusal, inviters) for refusal in REFUSALS))
+# What pages may do: stop before `to`, so that the newest event is only in the timeline; hold as few
+# events as one; tell no start; tell an end where there is no more.
+PAGES = [(CONDUIT, {"page_limit": limit}) for limit in (1, 3, 100)]
+PAGES += [
+    (DENDRITE, {"page_limit": 5, "start_in_pages": start, "end_in_last_page": end})
+    for start in (True, False)
+    for end in (True, False)
+]
 
 
-async def invitation_makes_no_rush(refusal: Fault, inviters: str) -> None:
-    """Assert that of one way to refuse."""
-    async with field_of(repeats_invitations=True) as field:
-        field.bot.environment["MATRIX_INVITERS"] = inviters
-        good = field.server.room()
-        await field.bot.run()
-        with field.proxy.inject(refusal, JOIN if inviters == "*" else LEAVE) as refused:
-            bad = field.server.room("invite")
-            await refused.happens()
-            before, began = field.proxy.count(SYNC), field.now()
-            await asyncio.sleep(5)  # The time in which it might rush.
-            assert field.proxy.count(SYNC) - before <= 2 * (field.now() - began) + 2
-            assert refused.happened < 10
-            good.command("hello")
-            await good.answers("hello", seconds=5)
-        assert len([line for line in field.bot.log.splitlines() if bad.room_id in line]) == 1
+async def test_pages_of_any_kind_are_read() -> None:
+    """Of gaps of 11, 12 and 21 commands all are answered once, whatever the pages are like."""
+    await together(*(gaps_are_read(*pages) for pages in PAGES))
 
 
-@pytest.mark.parametrize("times", [1, 3])
-async def test_read_refused_for_a_moment(times: int) -> None:
-    """What was said since the invitation is answered although the first reads are refused."""
-    await together(*(read_is_refused_for_a_moment(refusal, times) for refusal in REFUSALS))
-
-
-async def read_is_refused_for_a_moment(refusal: Fault, times: int) -> None:
-    """Assert that of one way to refuse."""
-    async with field_of(DENDRITE) as field:
-        await field.bot.run()
-        with field.proxy.inject(refusal, MESSAGES, times=times) as refused:
-            room = field.server.room("invite")
-            room.command(*range(14))
-            await room.answers(*range(14))
-            assert refused.happened == times
-
-
-@pytest.mark.parametrize("page_limit", [1, 3, 100])
-async def test_page_that_stops_early(page_limit: int) -> None:
-    """Where pages stop before `to`, the newest event is taken from the timeline, each one once."""
-    async with field_of(CONDUIT, page_limit=page_limit) as field:
+async def gaps_are_read(manners: Manners, pages: dict[str, int]) -> None:
+    """Assert that of one kind of pages."""
+    async with field_of(manners, **pages) as field:
         rooms = {count: field.server.room() for count in (11, 12, 21)}
         await field.bot.run()
         await field.bot.kill()
@@ -126,26 +105,6 @@ async def test_page_that_stops_early(page_limit: int) -> None:
         for count, room in rooms.items():
             await room.answers(*range(count))
         assert field.proxy.count(MESSAGES) >= len(rooms)
-
-
-async def test_page_without_start_or_end() -> None:
-    """Pages are read whether they tell their start and the last one an end or not."""
-    either = (True, False)
-    await together(*(pages_are_read(start, end) for start in either for end in either))
-
-
-async def pages_are_read(start: bool, end: bool) -> None:
-    """Assert that of pages that tell these or not."""
-    async with field_of(
-        DENDRITE, page_limit=5, start_in_pages=start, end_in_last_page=end
-    ) as field:
-        room = field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        room.command(*range(12))
-        await field.bot.start()
-        await room.answers(*range(12))
-        assert field.proxy.count(MESSAGES) >= 3
 
 
 async def test_pages_without_end() -> None:
@@ -258,15 +217,29 @@ async def bytes_cost_at_most_their_event(odd: bytes, where: str) -> None:
 
 
 async def test_polls_that_return_at_once() -> None:
-    """Where polls return at once with nothing new, the bot makes at most two a second."""
-    async with field_of(holds_polls=False) as field:
-        room = field.server.room()
+    """With nothing new, or for an invitation told in each: they are made at most twice a second."""
+    await together(
+        polls_make_no_rush("*", holds_polls=False),
+        polls_make_no_rush("*", repeats_invitations=True),
+        polls_make_no_rush(OWNER, repeats_invitations=True),
+    )
+
+
+async def polls_make_no_rush(inviters: str, **manners: bool) -> None:
+    """Assert that of one reason, while an invitation can be neither accepted nor rejected."""
+    async with field_of(SYNAPSE, **manners) as field:
+        field.bot.environment["MATRIX_INVITERS"] = inviters
+        good = field.server.room()
         await field.bot.run()
-        before, began = field.proxy.count(SYNC), field.now()
-        await asyncio.sleep(5)  # The time in which it might rush.
-        assert field.proxy.count(SYNC) - before <= 2 * (field.now() - began) + 2
-        room.command("hello")
-        await room.answers("hello", seconds=5)
+        with field.proxy.inject(FORBIDDEN, LEAVE if inviters == OWNER else JOIN) as refused:
+            field.server.room("invite")
+            await refused.happens()
+            before, began = field.proxy.count(SYNC), field.now()
+            await asyncio.sleep(5)  # The time in which it might rush.
+            assert field.proxy.count(SYNC) - before <= 2 * (field.now() - began) + 2
+            assert refused.happened < 10
+            good.command("hello")
+            await good.answers("hello", seconds=5)
 
 
 async def test_busy_stream_is_not_slowed() -> None:
