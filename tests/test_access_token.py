@@ -64,19 +64,6 @@ async def test_many_requests_refused_at_once_cost_one_login(
     assert proxy.count(LOGIN) == 2
 
 
-async def test_login_outlives_answers_that_are_not_of_a_homeserver(
-    people: People, room: Room, quick_bot: Bot, proxy: Proxy
-) -> None:
-    """A bot that ran before waits for its homeserver, whatever answers in its place meanwhile."""
-    await quick_bot.run()
-    for count, fault in enumerate((faults.not_json, faults.empty_object, faults.not_found), 1):
-        with proxy.inject(fault, LOGIN, times=5) as confused:
-            await people.homeserver.revoke(quick_bot.session["access_token"])
-            await room.command(count)
-            assert await room.replies(count) == [str(n) for n in range(1, count + 1)]
-            assert confused.happened == 5
-
-
 async def test_tokens_refused_one_after_the_other_cost_no_command(
     room: Room, quick_bot: Bot, proxy: Proxy
 ) -> None:

@@ -1,11 +1,13 @@
-"""Killed at any moment, the bot loses nothing and doubles nothing."""
+"""Killed or stopped at any moment, the bot loses nothing and doubles nothing."""
 
 import asyncio
 import random
+import signal
+import time
 
 import pytest
 import support.proxy as faults
-from support.bot import Bot, eventually
+from support.bot import Bot, new_bot
 from support.people import People, Room
 from support.proxy import LOGIN, SEND, Proxy
 from test_misbehaving_rooms import sends_to
@@ -39,19 +41,6 @@ async def test_kills_at_random_moments(people: People, proxied_bot: Bot, proxy: 
     for room, count in zip(rooms, sent, strict=True):
         assert await room.replies(count) == [str(n) for n in range(count)]
     assert proxy.count(LOGIN) == 1
-
-
-async def test_crash_amid_the_first_login_makes_one_device(people: People, bot: Bot) -> None:
-    """Kills at the very start never leave more than one device of the bot behind."""
-    before = await people.account.devices()
-    chance = random.Random(3)
-    for _ in range(4):
-        await bot.start()
-        await eventually((bot.state / "session.json").exists)
-        await asyncio.sleep(chance.uniform(0, 0.1))
-        await bot.kill()
-    await bot.run()
-    assert len(await people.account.devices() - before) == 1
 
 
 async def test_homeserver_stopped_killed_and_back(people: People, room: Room, bot: Bot) -> None:
@@ -120,3 +109,42 @@ async def test_crash_while_one_room_hangs(
     assert await room.replies(1) == ["hangs"]
     await other.command(5)
     assert await other.replies(6) == [str(m) for m in range(6)]
+
+
+async def stops(bot: Bot, number: int = signal.SIGTERM) -> None:
+    """Send the signal; assert that the bot ends within a second, with 0 and without a traceback."""
+    started = time.monotonic()
+    assert await bot.send_signal(number) == 0
+    assert time.monotonic() - started < 1
+    assert "Traceback" not in bot.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_idle_bot_stops_within_a_second(room: Room, bot: Bot, number: int) -> None:
+    """The long poll is not waited for, and the exit status is 0."""
+    await bot.run()
+    await room.command("hello")
+    await room.replies(1)
+    await bot.logs("Answered")
+    await stops(bot, number)
+
+
+async def test_stop_amid_a_burst_loses_and_doubles_nothing(room: Room, bot: Bot) -> None:
+    """Stopped five times while 150 commands come in, it answers each once and in order."""
+    await bot.run()
+    sending = asyncio.create_task(room.command(*range(150)))
+    for n in range(5):
+        await room.replies(n * 10)
+        await bot.logs("Logged in as", times=n + 1)
+        await stops(bot)
+        await bot.start()
+    await sending
+    assert await room.replies(150) == [str(n) for n in range(150)]
+
+
+async def test_stop_while_the_homeserver_is_away() -> None:
+    """A bot that waits for its homeserver to come up stops at once too."""
+    async with new_bot("http://127.0.0.1:9") as bot:
+        await bot.start()
+        await bot.logs("Trouble with the login at http://127.0.0.1:9")
+        await stops(bot)

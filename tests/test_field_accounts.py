@@ -1,4 +1,4 @@
-"""What is seen in the field of accounts, and of homeservers that move."""
+"""What a homeserver says of an account is waited for, or told in its own words."""
 
 import pytest
 import support.proxy as faults
@@ -55,22 +55,6 @@ async def state_is_waited_for(errcode: str, place: str) -> None:
         # One waits for each of the requests that met it, and each tells it once.
         assert field.bot.log.count(errcode) <= 2
         assert "Gave up" not in field.bot.log
-
-
-@pytest.mark.parametrize("url", ["http://localhost:{port}", "http://127.0.0.1:{port}/", "direct"])
-async def test_another_url_of_the_same_account_keeps_the_position(url: str) -> None:
-    """MATRIX_HOMESERVER changed between two starts: what came meanwhile is answered."""
-    async with field_of() as field:
-        room = field.server.room()
-        await field.bot.run()
-        assert await field.bot.stop() == 0
-        room.command(*range(12))
-        port = field.proxy.url.rpartition(":")[2]
-        new = field.server.url if url == "direct" else url.format(port=port)
-        field.bot.environment["MATRIX_HOMESERVER"] = new
-        await field.bot.start()
-        await room.answers(*range(12))
-        assert "Not using the state" not in field.bot.log
 
 
 @pytest.mark.parametrize(

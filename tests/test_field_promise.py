@@ -137,19 +137,6 @@ async def test_backlog_shrinks_however_often_the_bot_dies(manners: Manners, coun
         # Of each room it is at most a page of 20 that a kill has done again; all of it were 350.
         redone = proxy.count(SEND) - 200
         assert 0 < redone <= 3 * 20 * count, "work that was done before a kill was done again"
-
-
-async def test_gap_is_not_read_again_from_its_start() -> None:
-    """Killed after each 40 of 400 replies, it reads each page of 20 events about once."""
-    async with field_of(SYNAPSE) as field:
-        room = field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        room.command(*range(400))
-        for replies in range(40, 400, 40):
-            await field.bot.start()
-            await room.until_replies(replies)
-            await field.bot.kill()
-        await field.bot.start()
-        await room.answers(*range(400))
-        assert 20 <= field.proxy.count(MESSAGES) <= 50
+        if manners is SYNAPSE:
+            # 200 commands and 150 replies in pages of 20; each life reads one or two once more.
+            assert proxy.count(MESSAGES) <= 18 + 4 * count, "a gap was read from its start"

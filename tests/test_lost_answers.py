@@ -1,12 +1,13 @@
 """An answer that is lost, late or broken, and silence, cost nothing and double nothing."""
 
+import time
 from contextlib import ExitStack
 
 import pytest
 import support.proxy as faults
 from support.bot import Bot
 from support.people import People, Room
-from support.proxy import ALL, EVERY_FAULT, JOIN, LOGIN, MESSAGES, POLL, REFUSED, SEND, Proxy
+from support.proxy import ALL, EVERY_FAULT, JOIN, LOGIN, MESSAGES, POLL, SEND, Fault, Proxy
 
 
 @pytest.mark.parametrize("name", EVERY_FAULT)
@@ -27,24 +28,8 @@ async def test_any_fault_on_any_request_costs_and_doubles_nothing(
         await room.command("second")
         assert await room.replies(2) == ["first", "second"]
         assert all(injection.happened == 1 for injection in injections)
+    assert "ERROR" not in quick_bot.log, "the position was given up"
     assert len(await people.account.devices()) == 2
-
-
-async def test_login_between_lost_answer_and_repetition_does_not_double_the_reply(
-    room: Room, quick_bot: Bot, proxy: Proxy
-) -> None:
-    """While the answer to a send is waited for in vain, the access token is replaced."""
-    await quick_bot.run()
-    with proxy.inject(faults.done_but_silent, SEND, times=1) as lost:
-        await room.command("first")
-        await room.replies(1)
-        with proxy.inject(faults.answer(401, REFUSED), POLL, times=1) as refused:
-            await quick_bot.logs("Trouble with the sync: HTTP 401")
-        await room.command("second")
-        assert await room.replies(2) == ["first", "second"]
-        assert lost.happened == refused.happened == 1
-    assert proxy.count(LOGIN) == 2
-    assert proxy.count(SEND) == 3
 
 
 async def test_silence_of_the_whole_network_is_mended_once_it_ends(
@@ -58,3 +43,24 @@ async def test_silence_of_the_whole_network_is_mended_once_it_ends(
         await room.command("second")
     assert await room.replies(2) == ["first", "second"]
     assert "Trouble with the sync: Timeout" in quick_bot.log
+
+
+@pytest.mark.parametrize(
+    "fault", [faults.rate_limited(2000), faults.rate_limited_by_header(2)], ids=["body", "header"]
+)
+@pytest.mark.parametrize("pattern", [SEND, POLL], ids=["send", "sync"])
+async def test_429_is_waited_out_as_told(
+    room: Room, proxied_bot: Bot, proxy: Proxy, fault: Fault, pattern: str
+) -> None:
+    """Told to wait, in the body or only by Retry-After, the bot asks again then and not before."""
+    await proxied_bot.run()
+    with proxy.inject(fault, pattern, times=1) as limited:
+        if pattern == POLL:
+            await room.say("this ends the poll before")
+            await limited.happens()
+        started = time.monotonic()
+        await room.command("hello")
+        assert await room.replies(1) == ["hello"]
+        assert 1.9 < time.monotonic() - started < 5
+        assert limited.happened == 1
+    assert "WARNING" not in proxied_bot.log

@@ -1,17 +1,15 @@
 """A room where nothing goes right costs only itself."""
 
 import asyncio
-import copy
 import re
 import time
-from typing import Any
 
 import pytest
 import support.proxy as faults
 from support.bot import Bot, eventually, fork, together
-from support.homeserver import SERVER_NAME
 from support.people import People, Room
-from support.proxy import POLL, SYNC, Proxy
+from support.proxy import POLL, SEND, Proxy
+from support.scripted import field_of
 
 HUGE = """
 async def reply_to(event: RoomMessageText) -> str | None:
@@ -61,28 +59,17 @@ async def test_bot_kicked_between_command_and_reply(
     assert await room.replies(1) == ["welcome back"]
 
 
-async def test_lone_surrogate_holds_nothing_up(room: Room, proxied_bot: Bot, proxy: Proxy) -> None:
-    """Half a character, which no homeserver takes, is replaced in a reply and a thread's root."""
-    root = await room.say("a thread begins")
-
-    def spoil(answer: Any) -> Any:
-        for part in answer.get("rooms", {}).get("join", {}).values():
-            for event in part["timeline"]["events"]:
-                if event["content"].get("body") == "!replybot half":
-                    event["content"]["body"] += " a character: \ud83d"
-                elif "m.relates_to" in event["content"]:
-                    event["content"]["m.relates_to"]["event_id"] += "\ud83d"
-        return answer
-
-    with proxy.inject(faults.rewrite(spoil), SYNC):
-        await proxied_bot.run()
-        await room.command("half")
-        thread = {"rel_type": "m.thread", "event_id": root}
-        await room.say("!replybot in a thread", **{"m.relates_to": thread})
-        await room.command("next")
-        replies = await room.replies(3, seconds=15)
-    assert replies[0] in ("half a character: ?", "half a character: \ufffd")
-    assert replies[1:] == ["in a thread", "next"]
+async def test_lone_surrogate_holds_nothing_up() -> None:
+    """Half a character, which no homeserver takes, is replaced in a reply, and is in no thread."""
+    async with field_of() as field:
+        room = field.server.room()
+        await field.bot.run()
+        room.command("half a character: \ud83d")
+        thread = {"rel_type": "m.thread", "event_id": "$root\ud83d"}
+        room.say("!replybot in a thread", **{"m.relates_to": thread})
+        room.command("next")
+        await room.answers("half a character: ?", "in a thread", "next")
+        assert not [event for _, event in room.events[-3:] if "m.relates_to" in event["content"]]
 
 
 @pytest.mark.speed(60)
@@ -181,24 +168,15 @@ async def test_others_are_answered_promptly_while_rooms_misbehave(
         assert await room.replies(1) == ["second"]
 
 
-async def test_sends_that_hang_in_110_rooms_stop_no_other_room(
-    room: Room, proxied_bot: Bot, proxy: Proxy
-) -> None:
+async def test_sends_that_hang_in_110_rooms_stop_no_other_room() -> None:
     """More requests that hang than nio's pool has connections (100) do not stop the others."""
-    hanging_rooms = iter([f"!hanging{n}:{SERVER_NAME}" for n in range(110)])
-
-    def multiply(answer: Any) -> Any:
-        rooms = answer.get("rooms", {}).get("join", {})
-        if rooms.get(room.room_id, {}).get("timeline", {}).get("events"):
-            rooms.update({other: copy.deepcopy(rooms[room.room_id]) for other in hanging_rooms})
-        return answer
-
-    with (
-        proxy.inject(faults.rewrite(multiply), POLL),
-        proxy.inject(faults.hold(asyncio.Event().wait), sends_to("!hanging")) as hanging,
-    ):
-        await proxied_bot.run()
-        await room.command("hello")
-        await hanging.happens(times=110)
-        assert await room.replies(1) == ["hello"]
-        await answers_promptly(room, 10)
+    async with field_of() as field:
+        *hanging_rooms, good = [field.server.room() for _ in range(111)]
+        await field.bot.run()
+        with field.proxy.inject(faults.silence, SEND, times=110) as hanging:
+            for room in hanging_rooms:
+                room.command("hello")
+            await hanging.happens(times=110)
+            for n in range(10):
+                good.command(n)
+                await good.answers(*range(n + 1), seconds=2)

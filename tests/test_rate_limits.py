@@ -5,11 +5,10 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-import support.proxy as faults
 from support.bot import Bot, new_bot
 from support.homeserver import Homeserver, running_homeserver
 from support.people import People, new_people
-from support.proxy import POLL, SEND, Fault, running_proxy
+from support.proxy import SEND, running_proxy
 
 # Synapse's limits for messages, but 15 times as fast.
 PER_SECOND, BURST = 3, 10
@@ -65,34 +64,3 @@ async def test_limited_rooms_do_not_rush(people: People) -> None:
         assert len(rooms) + 5 < proxy.count(SEND) < 2.5 * len(rooms)
         times = [(await room.events())[0]["origin_server_ts"] / 1000 for room in rooms]
         assert max(times) - min(times) < 2 * (len(rooms) - BURST) / PER_SECOND
-
-
-@pytest.mark.parametrize(
-    "fault", [faults.rate_limited(2000), faults.rate_limited_by_header(2)], ids=["body", "header"]
-)
-@pytest.mark.parametrize("pattern", [SEND, POLL], ids=["send", "sync"])
-async def test_429_is_waited_out_as_told(
-    homeserver: Homeserver, fault: Fault, pattern: str
-) -> None:
-    """Told to wait, in the body or only by Retry-After, the bot asks again then and not before."""
-    people = await new_people(homeserver)
-    room = await people.room()
-    async with (
-        running_proxy(homeserver.url) as proxy,
-        new_bot(proxy.url, MATRIX_USER=people.bot_id) as bot,
-    ):
-        await bot.run()
-        await room.command("warm-up")
-        await room.replies(1)
-        with proxy.inject(fault, pattern, times=1) as limited:
-            started = time.monotonic()
-            await room.command("hello")
-            if pattern == POLL:
-                # The poll that was out has brought the first; the next is refused.
-                await room.replies(2)
-                await room.command("again")
-            count = 2 + (pattern == POLL)
-            assert len(await room.replies(count)) == count
-            assert 2 < time.monotonic() - started < 5
-            assert limited.happened == 1
-        assert "WARNING" not in bot.log

@@ -10,7 +10,7 @@ import support.proxy as faults
 from support.bot import Bot, eventually
 from support.homeserver import PASSWORD, MatrixError
 from support.people import People, Room
-from support.proxy import POLL, SEND, Proxy
+from support.proxy import SEND, Proxy
 
 # The wall clock goes wrong by what a file says.
 WRONG_CLOCK = """
@@ -96,19 +96,6 @@ async def test_unusable_next_batch_is_replaced_by_now(room: Room, bot: Bot) -> N
         assert len(errors) == len(said) - 1
         assert "starting from now" in errors[-1]
         assert await bot.stop() == 0
-
-
-async def test_400_that_is_not_the_homeservers_does_not_cost_the_position(
-    room: Room, quick_bot: Bot, proxy: Proxy
-) -> None:
-    """What stands before the homeserver may refuse anything: only its own M_ error is believed."""
-    await quick_bot.run()
-    await quick_bot.stop()
-    await room.command("hello")
-    with proxy.inject(faults.answer(400, {}), POLL, times=8) as refusals:
-        await quick_bot.start()
-        assert await room.replies(1) == ["hello"]
-        assert refusals.happened == 8
 
 
 async def test_state_of_another_account_is_not_used(room: Room, bot: Bot) -> None:

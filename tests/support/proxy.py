@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -41,15 +40,11 @@ class Injection:
     fault: Fault
     pattern: str
     times: float
-    chance: float
-    random: random.Random
     happened: int = 0
 
     def strikes(self, request: str) -> bool:
         """Decide whether it hits this request, and count it."""
         if self.happened >= self.times or not re.search(self.pattern, request):
-            return False
-        if self.random.random() >= self.chance:
             return False
         self.happened += 1
         return True
@@ -78,15 +73,10 @@ class Proxy:
 
     @contextmanager
     def inject(
-        self,
-        fault: Fault,
-        pattern: str = ALL,
-        times: float = float("inf"),
-        chance: float = 1,
-        seed: int = 0,
+        self, fault: Fault, pattern: str = ALL, times: float = float("inf")
     ) -> Iterator[Injection]:
         """Hit matching requests with a fault for the length of the block, and count them."""
-        injection = Injection(fault, pattern, times, chance, random.Random(seed))
+        injection = Injection(fault, pattern, times)
         self.injections.append(injection)
         try:
             yield injection
@@ -185,7 +175,8 @@ def rate_limited_by_header(seconds: int) -> Fault:
 
 
 # As from a reverse proxy whose homeserver restarts, or that does not know it yet, from a homeserver
-# in trouble, from a hotel's network, and from nobody knows what.
+# in trouble, from a hotel's network, and from nobody knows what. What is refused without an errcode
+# (here and below) is not refused by the homeserver.
 bad_gateway = answer(502, "<html><body><h1>502 Bad Gateway</h1></body></html>")
 not_found = answer(404, "<html>404 page not found</html>")
 internal_error = answer(500, {"errcode": "M_UNKNOWN", "error": "Internal server error"})
@@ -300,6 +291,8 @@ async def running_proxy(
 # Each kind of fault that can happen to any request, by name.
 EVERY_FAULT: dict[str, Fault] = {
     "bad_gateway": bad_gateway,
+    "not_found": not_found,
+    "bad_request": answer(400, {}),
     "internal_error": internal_error,
     "cut_before": cut_before,
     "cut_after": cut_after,

@@ -96,11 +96,12 @@ class Room:
         self.server.happened()
         return str(event["event_id"])
 
-    def say(self, *bodies: str, sender: str = ALICE) -> str:
-        """Have somebody send text messages; return the last one's event ID."""
+    def say(self, *bodies: str, **content: Any) -> str:
+        """Have alice send text messages; return the last one's event ID."""
         event_id = ""
         for body in bodies:
-            event_id = self.add("m.room.message", sender, {"msgtype": "m.text", "body": body})
+            content |= {"msgtype": "m.text", "body": body}
+            event_id = self.add("m.room.message", ALICE, dict(content))
         return event_id
 
     def command(self, *texts: object) -> str:
