@@ -8,23 +8,16 @@ import os
 import random
 from dataclasses import dataclass
 
-import support.proxy as faults
 from aiohttp import web
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from support.bot import eventually
 from support.homeserver import Homeserver
-from support.proxy import Fault, Proxy
+from support.proxy import EVERY_FAULT, Fault, Proxy
 from support.scene import new_scene
 
 EXAMPLES = int(os.environ.get("ECHOBOT_EXAMPLES", "0"))
 SPEED = 30
-KINDS = {
-    **faults.EVERY_FAULT,
-    "rate_limited": faults.rate_limited(2000),
-    "rate_limited_by_header": faults.rate_limited_by_header(5),
-    "delay": faults.delay(0.2),
-}
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,8 @@ def any_fault(chance: random.Random, hits: list[str]) -> Fault:
     async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
         if chance.random() > 0.35:
             return await proxy.forward(request)
-        hits.append(chance.choice(list(KINDS)))
-        return await KINDS[hits[-1]](proxy, request)
+        hits.append(chance.choice(list(EVERY_FAULT)))
+        return await EVERY_FAULT[hits[-1]](proxy, request)
 
     return fault
 

@@ -12,16 +12,6 @@ from support.proxy import JOIN, Proxy
 from support.scripted import ALICE, field_of
 
 
-async def test_invitation_before_the_first_start_is_accepted(people: People, bot: Bot) -> None:
-    """What was pending is accepted; what was said before the first start is not answered."""
-    room = await people.invite()
-    await room.command("before the first start")
-    await bot.start()
-    await room.bot_is("join")
-    await room.command("hello")
-    assert await room.replies(1) == ["hello"]
-
-
 async def test_history_from_before_the_invitation_is_not_answered(
     people: People, alice: User, bot: Bot
 ) -> None:
@@ -42,10 +32,14 @@ async def test_history_from_before_the_invitation_is_not_answered(
 async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy, is_first_start: bool
 ) -> None:
-    """Another room is answered meanwhile; after a kill the bot joins, and all is said once."""
+    """Another room is answered meanwhile; after a kill the bot joins, and all is said once.
+
+    What was said before the first start is not answered.
+    """
     with proxy.inject(faults.hold(asyncio.Event().wait), JOIN) as hanging:
         if is_first_start:
             invited = await people.invite()
+            await invited.command("before the first start")
         await proxied_bot.run()
         if not is_first_start:
             invited = await people.invite()

@@ -36,16 +36,22 @@ async def run(*command: object) -> None:
     assert process.returncode == 0, output.decode()
 
 
-async def is_installed(bot: Bot, directory: Path, python: str, *more: str) -> None:
-    """Let the bot run in a virtual environment that has requirements.txt and nothing but `more`."""
-    bot.python = directory / "bin" / "python"
-    await run(python, "-m", "venv", "--without-pip", directory)
+VERSIONS = [(version, "aiohttp") for version in ("3.11", "3.12", "3.13", "3.14")]
+
+
+@pytest.mark.parametrize(("version", "aiohttp"), [*VERSIONS, ("3.11", "aiohttp==3.10.*")])
+async def test_bot_works_with_nothing_but_its_requirements(
+    people: People, bot: Bot, proxy: Proxy, tmp_path: Path, version: str, aiohttp: str
+) -> None:
+    """Also with the oldest aiohttp that nio allows: through a proxy it joins, answers, goes on."""
+    python = interpreter(version)
+    if python is None:
+        pytest.skip(f"Python {version} is not on this machine")
+    bot.python = tmp_path / "bin" / "python"
+    await run(python, "-m", "venv", "--without-pip", tmp_path)
     pip = (sys.executable, "-m", "pip", "--python", bot.python)
-    await run(*pip, "install", "--quiet", "--no-compile", "-r", REQUIREMENTS, *more)
-
-
-async def works(bot: Bot, people: People) -> None:
-    """Assert that it joins, answers, goes on after a kill and stops."""
+    await run(*pip, "install", "--quiet", "--no-compile", "-r", REQUIREMENTS, aiohttp)
+    bot.environment |= {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": ""}
     await bot.run()
     room = await people.invite()
     await room.command("one")
@@ -56,26 +62,4 @@ async def works(bot: Bot, people: People) -> None:
     assert await room.replies(2) == ["one", "two"]
     assert await bot.stop() == 0
     assert "Warning" not in bot.log
-
-
-@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13", "3.14"])
-async def test_bot_answers_on_python(
-    people: People, bot: Bot, tmp_path: Path, version: str
-) -> None:
-    """With nothing but requirements.txt."""
-    python = interpreter(version)
-    if python is None:
-        pytest.skip(f"Python {version} is not on this machine")
-    await is_installed(bot, tmp_path, python)
-    await works(bot, people)
-
-
-async def test_oldest_aiohttp_that_nio_allows(
-    people: People, bot: Bot, proxy: Proxy, tmp_path: Path
-) -> None:
-    """With aiohttp 3.10, also through a proxy."""
-    await is_installed(bot, tmp_path, sys.executable, "aiohttp==3.10.*")
-    await run(bot.python, "-c", "import aiohttp; assert aiohttp.__version__.startswith('3.10.')")
-    bot.environment |= {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": ""}
-    await works(bot, people)
     assert proxy.requests

@@ -150,7 +150,6 @@ class Homeserver:
         return {
             "server_name": SERVER_NAME,
             "public_baseurl": self.url,
-            "pid_file": str(self.directory / "homeserver.pid"),
             "listeners": [{**listener, "resources": [{"names": ["client"], "compress": True}]}],
             "database": {"name": "sqlite3", "args": database},
             "signing_key_path": str(self.directory / "signing.key"),
@@ -163,7 +162,6 @@ class Homeserver:
             "macaroon_secret_key": secrets.token_hex(),
             "form_secret": secrets.token_hex(),
             "bcrypt_rounds": 4,
-            "suppress_key_server_warning": True,
             "log_config": str(self.directory / "log.yaml"),
         }
 
