@@ -7,8 +7,6 @@ ends it, and nothing is left behind. With input from a pipe only the answers go 
 ends once all is answered.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -17,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Self
 
 from support.bot import Bot, eventually, new_bot
 from support.homeserver import PASSWORD, SERVER_NAME, Homeserver, User, running_homeserver
@@ -34,6 +33,48 @@ To join with a Matrix client on this machine, log in there with
     password    {PASSWORD}
 
 """
+
+
+class Room:
+    """A room with the bot, as seen by somebody in it, and how much of it was shown."""
+
+    def __init__(self, user: User, bot: Bot, room_id: str) -> None:
+        self.user, self.bot, self.room_id = user, bot, room_id
+        self.shown = self.log_shown = 0
+
+    @classmethod
+    async def with_bot(cls, homeserver: Homeserver, bot: Bot) -> Self:
+        """Register the accounts, start the bot and wait until it has joined a room."""
+        account, user = [await homeserver.register(name) for name in ("bot", "alice")]
+        room_id = await user.create_room(account.user_id, name="echobot playground")
+        # Ctrl-C in a terminal is for the playground, which then stops the bot.
+        await bot.start(start_new_session=True)
+
+        async def joined_or_ended() -> bool:
+            return not bot.running or account.user_id in await user.members(room_id)
+
+        await eventually(joined_or_ended, 60, "the bot's join")
+        return cls(user, bot, room_id)
+
+    async def show(self) -> None:
+        """Show what others have said, and what the bot has complained of, since the last time."""
+        events = await self.user.events(self.room_id)
+        for event in events[self.shown :]:
+            if event["sender"] != self.user.user_id:
+                name = f"{event['sender'][1:].partition(':')[0]}: " if INTERACTIVE else ""
+                write(f"{CLEAR_LINE}{name}{event['content'].get('body')}\n{PROMPT}")
+        lines = self.bot.log.splitlines()
+        for line in lines[self.log_shown :]:
+            if " INFO " not in line:
+                tell(f"{CLEAR_LINE}echobot.py: {line}\n{PROMPT}")
+        self.shown, self.log_shown = len(events), len(lines)
+
+    async def is_answered(self) -> bool:
+        """Tell whether the bot has saved a position that is past all that we said."""
+        only = json.dumps({"types": ["m.room.message"], "senders": [self.user.user_id]})
+        query = {"from": self.bot.next_batch, "dir": "f", "limit": 1, "filter": only}
+        path = f"/rooms/{self.room_id}/messages"
+        return not (await self.user.request("GET", path, **query))["chunk"]
 
 
 async def main() -> int:
@@ -63,17 +104,12 @@ async def main() -> int:
 
 async def chat(room: Room) -> None:
     """Send what is typed and show what is said, until the input ends and all of it is answered."""
-    assert room.bot.process is not None
-    showing = asyncio.create_task(room.show_for_ever())
-    dying = asyncio.create_task(room.bot.process.wait())
     talking = asyncio.create_task(talk(room))
-    try:
-        await asyncio.wait({showing, dying, talking}, return_when=asyncio.FIRST_COMPLETED)
-        if dying.done():
+    while not talking.done():
+        await room.show()
+        await asyncio.wait({talking}, timeout=0.2)
+        if not room.bot.running:
             raise RuntimeError(f"echobot.py ended by itself:\n{room.bot.log}")
-    finally:
-        for task in (showing, dying, talking):
-            task.cancel()
     await talking
     await room.show()
 
@@ -103,54 +139,6 @@ async def typed_lines() -> AsyncIterator[str]:
     threading.Thread(target=read, daemon=True).start()
     while (line := await lines.get()) is not None:
         yield line
-
-
-class Room:
-    """A room with the bot, as seen by somebody in it, and how much of it was shown."""
-
-    def __init__(self, user: User, bot: Bot, room_id: str) -> None:
-        self.user, self.bot, self.room_id = user, bot, room_id
-        self.shown = self.log_shown = 0
-
-    @classmethod
-    async def with_bot(cls, homeserver: Homeserver, bot: Bot) -> Room:
-        """Register the accounts, start the bot and wait until it has joined a room."""
-        account, user = [await homeserver.register(name) for name in ("bot", "alice")]
-        room_id = await user.create_room(account.user_id, name="echobot playground")
-        # Ctrl-C in a terminal is for the playground, which then stops the bot.
-        await bot.start(start_new_session=True)
-
-        async def joined_or_ended() -> bool:
-            return not bot.running or account.user_id in await user.members(room_id)
-
-        await eventually(joined_or_ended, 60, "the bot's join")
-        return cls(user, bot, room_id)
-
-    async def show_for_ever(self) -> None:
-        """Show what is said as it comes."""
-        while True:
-            await self.show()
-            await asyncio.sleep(0.2)
-
-    async def show(self) -> None:
-        """Show what others have said, and what the bot has complained of, since the last time."""
-        events = await self.user.events(self.room_id)
-        for event in events[self.shown :]:
-            if event["sender"] != self.user.user_id:
-                name = f"{event['sender'][1:].partition(':')[0]}: " if INTERACTIVE else ""
-                write(f"{CLEAR_LINE}{name}{event['content'].get('body')}\n{PROMPT}")
-        lines = self.bot.log.splitlines()
-        for line in lines[self.log_shown :]:
-            if " INFO " not in line:
-                tell(f"{CLEAR_LINE}echobot.py: {line}\n{PROMPT}")
-        self.shown, self.log_shown = len(events), len(lines)
-
-    async def is_answered(self) -> bool:
-        """Tell whether the bot has saved a position that is past all that we said."""
-        only = json.dumps({"types": ["m.room.message"], "senders": [self.user.user_id]})
-        query = {"from": self.bot.next_batch, "dir": "f", "limit": 1, "filter": only}
-        path = f"/rooms/{self.room_id}/messages"
-        return not (await self.user.request("GET", path, **query))["chunk"]
 
 
 @contextlib.contextmanager
