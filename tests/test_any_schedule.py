@@ -4,19 +4,17 @@ ECHOBOT_EXAMPLES=500 tries so many new schedules instead of the same few. One th
 Schedule(...): to replay it, put @example(Schedule(...)) on the test.
 """
 
-import os
 import random
 from dataclasses import dataclass
 
 from aiohttp import web
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.bot import eventually
 from support.homeserver import Homeserver
 from support.proxy import EVERY_FAULT, Fault, Proxy
-from support.scene import new_scene
+from support.scene import new_scene, tries
 
-EXAMPLES = int(os.environ.get("ECHOBOT_EXAMPLES", "0"))
 SPEED = 30
 
 
@@ -60,15 +58,7 @@ def any_fault(chance: random.Random, hits: list[str]) -> Fault:
     return fault
 
 
-@settings(
-    max_examples=EXAMPLES or 5,
-    derandomize=not EXAMPLES,
-    database=None,
-    deadline=None,
-    # The same schedule does not take the same course twice: no shrinking.
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+@tries(few=5)
 @given(SCHEDULES)
 async def test_any_schedule(homeserver: Homeserver, schedule: Schedule) -> None:
     """Commands in several rooms, faults on a third of all requests, kills, homeserver restarts."""

@@ -91,6 +91,7 @@ async def test_room_joined_from_elsewhere(manners: Manners, when: str) -> None:
         room.command(*range(5))
         room.set_membership("join")
         if when == "first start":
+            room.command("before the first start")
             await field.bot.run()
         room.command("new")
         if when == "down":
@@ -98,17 +99,6 @@ async def test_room_joined_from_elsewhere(manners: Manners, when: str) -> None:
         await room.answers("new")
         room.command("newer")
         await room.answers("new", "newer")
-
-
-@families
-async def test_what_was_said_before_the_first_start_is_history(manners: Manners) -> None:
-    """Even where the first sync brings it unasked."""
-    async with field_of(manners) as field:
-        room = field.server.room()
-        room.command("old", "older")
-        await field.bot.run()
-        room.command("new")
-        await room.answers("new")
 
 
 @families

@@ -4,7 +4,6 @@ ECHOBOT_EXAMPLES=500 tries so many new contents and answers instead of the same 
 """
 
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
@@ -13,12 +12,11 @@ from typing import Any
 
 import pytest
 import support.proxy as faults
-from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.homeserver import Homeserver, MatrixError
-from support.scene import SECRET, Scene, new_scene
+from support.scene import SECRET, Scene, new_scene, tries
 
-EXAMPLES = int(os.environ.get("ECHOBOT_EXAMPLES", "0"))
 ODD: list[Any] = [None, True, 5, -1.5, "text", [], {}, [None], [{}]]
 ODD += [{"events": [{}]}, {"state": [SECRET]}]
 
@@ -99,15 +97,6 @@ CONTENT = st.sampled_from(ODD_CONTENTS) | st.fixed_dictionaries(
         **dict.fromkeys(["formatted_body", "format", "m.new_content", "m.mentions", "url"], JSON),
     },
 )
-BOUNDED = settings(
-    max_examples=EXAMPLES or 15,
-    derandomize=not EXAMPLES,
-    database=None,
-    deadline=None,
-    # One bot has them all, one after the other.
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
 
 
 def examples(*cases: dict[str, Any]) -> Callable[[Any], Any]:
@@ -162,7 +151,7 @@ async def scene(homeserver: Homeserver) -> AsyncIterator[Scene]:
         yield new
 
 
-@BOUNDED
+@tries(few=15)
 @given(changes=st.lists(CHANGE, max_size=8), events=st.lists(ODD_EVENT), is_limited=st.booleans())
 @examples(
     {"changes": [], "events": ODD_EVENTS, "is_limited": False},
@@ -215,7 +204,7 @@ async def test_answers_without_rooms_or_position(scene: Scene) -> None:
         assert again.happened == 4
 
 
-@BOUNDED
+@tries(few=15)
 @given(contents=st.lists(CONTENT, min_size=6, max_size=10))
 @example(
     contents=[

@@ -38,14 +38,6 @@ class Room:
         await eventually(arrived, seconds, f"{count} replies")
         return await self.bodies()
 
-    async def hears(self, reply: str) -> None:
-        """Wait until the bot has said this."""
-
-        async def was_said() -> bool:
-            return reply in await self.bodies()
-
-        await eventually(was_said, what=f"the reply {reply!r}")
-
     async def bodies(self) -> list[str]:
         """Return the bodies of all that the bot has said so far."""
         return await self.user.bodies(self.room_id, self.bot_id)

@@ -1,6 +1,7 @@
 """A bot behind a proxy, somebody who talks to it in two rooms, and what was said there."""
 
 import asyncio
+import os
 import random
 import signal
 from collections.abc import AsyncIterator
@@ -9,12 +10,28 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from hypothesis import HealthCheck, Phase, settings
+
 from support.bot import Bot, eventually, new_bot
-from support.homeserver import Homeserver, User
+from support.homeserver import PASSWORD, Homeserver, User
 from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
 
 SECRET = "hush-hush"  # in every command, and never in the log
+
+
+def tries(few: int) -> settings:
+    """Return how many examples a test tries: ECHOBOT_EXAMPLES new ones, or always the same few."""
+    many = int(os.environ.get("ECHOBOT_EXAMPLES", "0"))
+    return settings(
+        max_examples=many or few,
+        derandomize=not many,
+        database=None,
+        deadline=None,
+        # The same example does not take the same course twice: no shrinking.
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @dataclass
@@ -108,7 +125,8 @@ class Scene:
         await eventually(self.is_all_answered, seconds, "a reply to each command")
         for room in self.rooms:
             assert await self.replies(room) == self.said.get(room.room_id, [])
-        assert SECRET not in self.bot.log
+        for secret in (SECRET, PASSWORD, self.bot.session["access_token"]):
+            assert secret not in self.bot.log
 
 
 @asynccontextmanager
