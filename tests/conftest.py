@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.bot import Bot, new_bot
-from support.homeserver import Homeserver, User, running_homeserver
+from support.homeserver import Homeserver, running_homeserver
 from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
 
@@ -26,12 +26,6 @@ async def homeserver() -> AsyncIterator[Homeserver]:
 async def people(homeserver: Homeserver) -> People:
     """An account for the bot and a way to register people."""
     return await new_people(homeserver)
-
-
-@pytest.fixture
-def alice(people: People) -> User:
-    """Somebody who talks to the bot."""
-    return people.alice
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import json
 import signal
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Self
 
 from support.bot import Bot, eventually, new_bot
@@ -85,11 +84,12 @@ async def main() -> int:
         asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
     try:
         async with contextlib.AsyncExitStack() as stack:
-            with progress("Starting a homeserver"):
-                homeserver = await stack.enter_async_context(running_homeserver())
-            with progress("Starting echobot.py"):
-                bot = await stack.enter_async_context(new_bot(homeserver.url))
-                room = await Room.with_bot(homeserver, bot)
+            tell("Starting a homeserver ...")
+            homeserver = await stack.enter_async_context(running_homeserver())
+            tell(" done\nStarting echobot.py ...")
+            bot = await stack.enter_async_context(new_bot(homeserver.url))
+            room = await Room.with_bot(homeserver, bot)
+            tell(" done\n")
             tell(WELCOME.format(url=homeserver.url) if INTERACTIVE else "")
             await chat(room)
     except asyncio.CancelledError:
@@ -139,15 +139,6 @@ async def typed_lines() -> AsyncIterator[str]:
     threading.Thread(target=read, daemon=True).start()
     while (line := await lines.get()) is not None:
         yield line
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Tell what is being done, and at its end how long it took."""
-    tell(f"{what} ... ")
-    started = time.monotonic()
-    yield
-    tell(f"{time.monotonic() - started:.1f} s\n")
 
 
 def tell(text: str) -> None:

@@ -8,11 +8,9 @@ from support.people import People, Room
 from support.proxy import MESSAGES, Proxy
 
 
-async def test_burst_from_four_users_is_answered_once(
-    people: People, alice: User, bot: Bot
-) -> None:
+async def test_burst_from_four_users_is_answered_once(people: People, bot: Bot) -> None:
     """200 commands at once in one room: each is answered once, each sender's in order."""
-    users = [alice, *[await people.user(f"user{n}-") for n in range(3)]]
+    users = [people.alice, *[await people.user(f"user{n}-") for n in range(3)]]
     room = await people.room(*users[1:])
     await bot.run()
 

@@ -12,8 +12,6 @@ from support.people import People, Room
 from support.proxy import LOGIN, SEND, Proxy
 from test_misbehaving_rooms import sends_to
 
-KILLS = 12
-
 
 async def test_kills_at_random_moments(people: People, proxied_bot: Bot, proxy: Proxy) -> None:
     """SIGKILLs under bursts in two rooms: all answered once, in order, after a single login."""
@@ -32,7 +30,7 @@ async def test_kills_at_random_moments(people: People, proxied_bot: Bot, proxy: 
 
     talkers = [asyncio.create_task(talk(number)) for number in range(2)]
     chance = random.Random(7)
-    for _ in range(KILLS):
+    for _ in range(12):
         await asyncio.sleep(chance.uniform(0.3, 1.5))
         await proxied_bot.kill()
         await proxied_bot.start()

@@ -24,9 +24,7 @@ async def test_login_and_position_are_those_of_the_tutorial(
 ) -> None:
     """The log has its line; next_batch is a sync token, which moves on with every message."""
     await bot.run()
-    device_id = bot.session["device_id"]
-    assert f"Logged in as {people.bot_id}, device id: {device_id}." in bot.log
-    assert device_id in await people.account.devices()
+    assert f"Logged in as {people.bot_id}, device id: {bot.session['device_id']}." in bot.log
     before = bot.next_batch
     await room.say("hello")
     await bot.saves(other_than=before)

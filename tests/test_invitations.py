@@ -6,18 +6,16 @@ from typing import Any
 import pytest
 import support.proxy as faults
 from support.bot import Bot, eventually
-from support.homeserver import User
 from support.people import People, Room
 from support.proxy import JOIN, Proxy
 from support.scripted import ALICE, field_of
 
 
-async def test_history_from_before_the_invitation_is_not_answered(
-    people: People, alice: User, bot: Bot
-) -> None:
+async def test_history_before_the_invitation_is_not_answered(people: People, bot: Bot) -> None:
     """In a room with a past, only what follows the invitation counts, also over a downtime."""
     await bot.run()
     await bot.stop()
+    alice = people.alice
     room = Room(await alice.create_room(preset="public_chat"), alice, people.bot_id)
     await room.command(*[f"old {n}" for n in range(30)])
     await alice.invite(room.room_id, people.bot_id)
@@ -78,14 +76,14 @@ async def test_commands_around_a_join_are_answered_once(
 @pytest.mark.parametrize("is_running", [True, False])
 @pytest.mark.parametrize("allowed", ["{alice} @*:example.org", "@*:example.org @alice*:echo*"])
 async def test_only_allowed_inviters_are_followed(
-    people: People, alice: User, bot: Bot, is_running: bool, allowed: str
+    people: People, bot: Bot, is_running: bool, allowed: str
 ) -> None:
     """Who is not in MATRIX_INVITERS, whose stars stand for anything, is rejected at any time."""
     mallory = await people.user("mallory")
-    bot.environment["MATRIX_INVITERS"] = allowed.format(alice=alice.user_id)
+    bot.environment["MATRIX_INVITERS"] = allowed.format(alice=people.alice.user_id)
     if is_running:
         await bot.run()
-    rejected, accepted = [await people.invite(user) for user in (mallory, alice)]
+    rejected, accepted = [await people.invite(user) for user in (mallory, people.alice)]
     if not is_running:
         await bot.run()
     await rejected.bot_is("leave")

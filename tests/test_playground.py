@@ -29,7 +29,7 @@ def terminal(environment: dict[str, str]) -> Iterator[pexpect.spawn[str]]:
     """The playground on a terminal of its own, as it starts."""
     command = [sys.executable, str(PLAYGROUND)]
     terminal = pexpect.spawn("env", command, timeout=60, env=environment, encoding="utf-8")
-    terminal.expect_exact("Starting a homeserver ... ")
+    terminal.expect_exact("Starting a homeserver ...")
     yield terminal
     terminal.close(force=True)
 

@@ -5,27 +5,21 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from support.bot import Bot, new_bot
+from support.bot import Bot
 from support.homeserver import Homeserver, running_homeserver
-from support.people import People, new_people
-from support.proxy import SEND, running_proxy
+from support.people import People
+from support.proxy import SEND, Proxy
 
 # Synapse's limits for messages, but 15 times as fast.
 PER_SECOND, BURST = 3, 10
 
 
-@pytest.fixture(scope="module")
-async def limited_homeserver() -> AsyncIterator[Homeserver]:
+@pytest.fixture
+async def homeserver() -> AsyncIterator[Homeserver]:
     """A homeserver that limits how fast messages may be sent."""
     limit = {"per_second": PER_SECOND, "burst_count": BURST}
     async with running_homeserver({"rc_message": limit}) as homeserver:
         yield homeserver
-
-
-@pytest.fixture
-async def people(limited_homeserver: Homeserver) -> People:
-    """An account for the bot, and people, on a homeserver that limits them."""
-    return await new_people(limited_homeserver)
 
 
 async def test_synapse_limits_cost_no_reply_and_starve_no_room(people: People, bot: Bot) -> None:
@@ -49,18 +43,14 @@ async def test_synapse_limits_cost_no_reply_and_starve_no_room(people: People, b
     assert sum(moment < second[-1] for moment in first) <= 35, "the second room was starved"
 
 
-async def test_limited_rooms_do_not_rush(people: People) -> None:
+async def test_limited_rooms_do_not_rush(people: People, proxied_bot: Bot, proxy: Proxy) -> None:
     """24 rooms that meet the limit together get on, but do not all ask again for each reply."""
-    async with (
-        running_proxy(people.homeserver.url) as proxy,
-        new_bot(proxy.url, MATRIX_USER=people.bot_id) as bot,
-    ):
-        rooms = [await people.invite(await people.user(f"sender{n}-")) for n in range(24)]
-        await bot.run()
-        await bot.logs("Joined", times=len(rooms))
-        await asyncio.gather(*[room.command("hello") for room in rooms])
-        for room in rooms:
-            assert await room.replies(1) == ["hello"]
-        assert len(rooms) + 5 < proxy.count(SEND) < 2.5 * len(rooms)
-        times = [(await room.events())[0]["origin_server_ts"] / 1000 for room in rooms]
-        assert max(times) - min(times) < 2 * (len(rooms) - BURST) / PER_SECOND
+    rooms = [await people.invite(await people.user(f"sender{n}-")) for n in range(24)]
+    await proxied_bot.run()
+    await proxied_bot.logs("Joined", times=len(rooms))
+    await asyncio.gather(*[room.command("hello") for room in rooms])
+    for room in rooms:
+        assert await room.replies(1) == ["hello"]
+    assert len(rooms) + 5 < proxy.count(SEND) < 2.5 * len(rooms)
+    times = [(await room.events())[0]["origin_server_ts"] / 1000 for room in rooms]
+    assert max(times) - min(times) < 2 * (len(rooms) - BURST) / PER_SECOND

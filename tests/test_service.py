@@ -12,16 +12,11 @@ from pathlib import Path
 import pytest
 import support.proxy as faults
 from support.bot import ECHOBOT, Bot, eventually
-from support.homeserver import User
 from support.people import People
 from support.proxy import POLL, SEND, SYNC, Proxy
 
-TIMESTAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
 
-
-async def test_log_has_a_line_for_each_thing_that_happened(
-    people: People, alice: User, bot: Bot
-) -> None:
+async def test_log_has_a_line_for_each_thing_that_happened(people: People, bot: Bot) -> None:
     """One for the login, one for each room joined, one for each command answered; no bodies."""
     await bot.run()
     room = await people.invite()
@@ -31,10 +26,11 @@ async def test_log_has_a_line_for_each_thing_that_happened(
     second = await room.command("other matter")
     await bot.logs("Answered", times=2)
     assert await bot.stop() == 0
-    lines = [re.sub(f"^{TIMESTAMP}INFO ", "", line) for line in bot.log.splitlines()]
+    timestamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    lines = [re.sub(f"^{timestamp} INFO ", "", line) for line in bot.log.splitlines()]
     assert lines == [
         f"Logged in as {people.bot_id}, device id: ECHOBOT.",
-        f"Joined {room.room_id}, invited by {alice.user_id}",
+        f"Joined {room.room_id}, invited by {people.alice.user_id}",
         f"Answered {first} in {room.room_id}",
         f"Answered {second} in {room.room_id}",
         "echobot: stopped",

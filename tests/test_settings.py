@@ -10,7 +10,7 @@ import pytest
 import support.proxy as faults
 import trustme
 from support.bot import ECHOBOT, Bot, new_bot
-from support.homeserver import User, free_port
+from support.homeserver import free_port
 from support.people import People, Room
 from support.proxy import Proxy, running_proxy
 
@@ -63,13 +63,13 @@ async def test_wrong_secret_is_refused_with_77(bot: Bot, name: str, value: str) 
     assert "hunter2" not in line
 
 
-async def test_access_token_of_another_user_is_refused_with_78(alice: User, bot: Bot) -> None:
+async def test_access_token_of_another_user_is_refused_with_78(room: Room, bot: Bot) -> None:
     """The line says whose token it is."""
-    bot.environment["MATRIX_ACCESS_TOKEN"] = alice.access_token
+    bot.environment["MATRIX_ACCESS_TOKEN"] = room.user.access_token
     status, line = await (await bot.start()).refused()
     assert status == 78
-    assert alice.user_id in line
-    assert alice.access_token not in line
+    assert room.user.user_id in line
+    assert room.user.access_token not in line
 
 
 @pytest.mark.parametrize("directory", ["/nonexistent", __file__, "/proc"])

@@ -43,7 +43,6 @@ STARTED = time.perf_counter()
 Figures = dict[str, float]
 Scripts = dict[str, Path]
 Sample = Callable[[str], Awaitable[float]]
-Feeders = tuple[dict[str, "Feeder"], dict[str, psutil.Process]]
 
 
 @dataclass
@@ -219,8 +218,14 @@ class Feeder(Scripted):
         super().__init__(SYNAPSE)
         self.turns = itertools.cycle([self.room() for _ in range(10)])
         self.unsaid = 0
+        self.bot = psutil.Process()
         self.told_at: list[float] = []
         self.replies_at: list[float] = []
+
+    @property
+    def cpu(self) -> float:
+        """The CPU time in s that its bot has used."""
+        return sum(self.bot.cpu_times()[:2])
 
     async def feed(self, commands: int) -> tuple[float, float]:
         """Send commands; return the s from the first response to the first reply and the last."""
@@ -251,31 +256,29 @@ class Feeder(Scripted):
         return await super().answer(request, path)
 
 
-async def feeders(stack: AsyncExitStack, scripts: Scripts) -> Feeders:
-    """Start a bot for each column on a scripted homeserver; return these and the processes."""
-    homeservers, processes = {}, {}
-    for column, script in scripts.items():
-        homeserver = Feeder()
+async def feeders(stack: AsyncExitStack, scripts: Scripts) -> dict[str, Feeder]:
+    """Start a bot for each column on a scripted homeserver; return these."""
+    homeservers = {column: Feeder() for column in scripts}
+    for column, homeserver in homeservers.items():
         url = await stack.enter_async_context(served(homeserver.handle))
-        bot = await start(stack, script, url, BOT)
-        assert bot.process is not None
-        homeservers[column], processes[column] = homeserver, psutil.Process(bot.process.pid)
+        bot = await start(stack, scripts[column], url, BOT)
+        homeserver.bot = psutil.Process(bot.process.pid if bot.process else None)
         await homeserver.feed(1)
-    return homeservers, processes
+    return homeservers
 
 
 async def speed(stack: AsyncExitStack, scripts: Scripts) -> list[Row]:
     """How fast it is when the homeserver takes little time, and what that costs."""
-    homeservers, processes = await feeders(stack, scripts)
+    homeservers = await feeders(stack, scripts)
     cpu = dict.fromkeys(scripts, 0.0)
 
     async def share(column: str) -> float:
         return (await homeservers[column].feed(1))[0] * 1000
 
     async def throughput(column: str) -> float:
-        before = sum(processes[column].cpu_times()[:2])
+        before = homeservers[column].cpu
         _, seconds = await homeservers[column].feed(COMMANDS // 4)
-        cpu[column] += (sum(processes[column].cpu_times()[:2]) - before) / COMMANDS * 1000
+        cpu[column] += (homeservers[column].cpu - before) / COMMANDS * 1000
         return COMMANDS / 4 / seconds
 
     return [
@@ -287,20 +290,20 @@ async def speed(stack: AsyncExitStack, scripts: Scripts) -> list[Row]:
 
 async def memory(stack: AsyncExitStack, scripts: Scripts) -> list[Row]:
     """Resident memory after the start and some thousand commands, and growth over many more."""
-    homeservers, processes = await feeders(stack, scripts)
+    homeservers = await feeders(stack, scripts)
 
-    def resident(column: str) -> float:
-        return processes[column].memory_info().rss / 1e6
+    def resident() -> Figures:
+        return {name: each.bot.memory_info().rss / 1e6 for name, each in homeservers.items()}
 
-    started = {column: resident(column) for column in scripts}
+    started = resident()
     for homeserver in homeservers.values():
         await homeserver.feed(COMMANDS)
-    loaded = {column: resident(column) for column in scripts}
-    growth: Figures = {}
-    for column in [column for column in scripts if column not in REFERENCES]:
+    loaded = resident()
+    bots = [column for column in scripts if column not in REFERENCES]
+    for column in bots:
         for _ in range(COMMANDS, SOAK, COMMANDS):
             await homeservers[column].feed(COMMANDS)
-        growth[column] = resident(column) - loaded[column]
+    growth = {column: resident()[column] - loaded[column] for column in bots}
     return [
         Row("memory after the start", started, "MB", "≤ 1.1", TUTORIAL),
         Row(f"… after {COMMANDS:,} commands", loaded, "MB", "≤ 1.1", TUTORIAL),
@@ -334,12 +337,10 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def environment() -> str:
     """Return the machine and the versions that the figures are of."""
-    model = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
-    machine = f"{os.cpu_count()} cores ({model or platform.machine()})"
     packages = ("matrix-nio", "aiohttp", "matrix-synapse")
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
-    took = f"{time.perf_counter() - STARTED:.0f} s in all"
-    return f"Linux, {machine}, Python {platform.python_version()}, {versions}; {took}."
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}"
+    return f"{platform.system()}, {machine}, {versions}; {time.perf_counter() - STARTED:.0f} s."
 
 
 def main() -> None:

@@ -112,14 +112,6 @@ class User:
                 return events
             query["from"] = page["end"]
 
-    async def bodies(self, room_id: str, sender: str) -> list[str]:
-        """Return the bodies of all messages of that sender in the room, oldest first."""
-        return [
-            event["content"].get("body", "")
-            for event in await self.events(room_id)
-            if event["sender"] == sender
-        ]
-
     async def devices(self) -> set[str]:
         """Return the IDs of the account's devices."""
         return {d["device_id"] for d in (await self.request("GET", "/devices"))["devices"]}

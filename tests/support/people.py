@@ -40,7 +40,7 @@ class Room:
 
     async def bodies(self) -> list[str]:
         """Return the bodies of all that the bot has said so far."""
-        return await self.user.bodies(self.room_id, self.bot_id)
+        return [event["content"].get("body", "") for event in await self.events()]
 
     async def events(self) -> list[dict[str, Any]]:
         """Return the events of all that the bot has said so far."""

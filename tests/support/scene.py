@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 
 from support.bot import Bot, eventually, new_bot
-from support.homeserver import PASSWORD, Homeserver, User
+from support.homeserver import PASSWORD, Homeserver
 from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
 
@@ -39,7 +39,6 @@ class Scene:
     """What a schedule's steps and odd answers need; each step has a number as its argument."""
 
     people: People
-    alice: User
     bot: Bot
     proxy: Proxy
     chance: random.Random
@@ -140,4 +139,4 @@ async def new_scene(
         new_bot(proxy.url, speed, MATRIX_USER=people.bot_id, **environment) as bot,
     ):
         rooms = [await people.room(room_version=version) for version in ("11", "12")]
-        yield Scene(people, people.alice, bot, proxy, random.Random(seed), rooms)
+        yield Scene(people, bot, proxy, random.Random(seed), rooms)

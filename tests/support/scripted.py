@@ -126,13 +126,10 @@ class Room:
             if event["sender"] == BOT and event["type"] == "m.room.message"
         ]
 
-    async def until_replies(self, count: int, seconds: float = 60) -> None:
-        """Wait for so many replies."""
-        await eventually(lambda: len(self.replies) >= count, seconds, f"{count} replies")
-
     async def answers(self, *texts: object, seconds: float = 20) -> None:
         """Wait for as many replies as texts; assert that they are these, in order, each once."""
-        await self.until_replies(len(texts), seconds)
+        count = len(texts)
+        await eventually(lambda: len(self.replies) >= count, seconds, f"{count} replies")
         assert self.replies == [str(text) for text in texts]
 
 
