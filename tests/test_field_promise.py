@@ -111,12 +111,11 @@ async def test_backlog_shrinks_however_often_the_bot_dies(manners: Manners, coun
         await field.bot.kill()
         for room in rooms:
             room.command(*range(200 // count))
-        proxy = field.proxy
         for _ in range(3):
             # After 50 sends in a life all more hang until it is killed.
             with (
-                proxy.inject(faults.delay(0), SEND, times=50),
-                proxy.inject(faults.silence, SEND) as hanging,
+                field.proxy.inject(faults.delay(0), SEND, times=50),
+                field.proxy.inject(faults.silence, SEND) as hanging,
             ):
                 await field.bot.start()
                 await hanging.happens()
@@ -125,8 +124,8 @@ async def test_backlog_shrinks_however_often_the_bot_dies(manners: Manners, coun
         for room in rooms:
             await room.answers(*range(200 // count))
         # Of each room it is at most a page of 20 that a kill has done again; all of it were 350.
-        redone = proxy.count(SEND) - 200
+        redone = field.proxy.count(SEND) - 200
         assert 0 < redone <= 3 * 20 * count, "work that was done before a kill was done again"
         if manners is SYNAPSE:
             # 200 commands and 150 replies in pages of 20; each life reads one or two once more.
-            assert proxy.count(MESSAGES) <= 18 + 4 * count, "a gap was read from its start"
+            assert field.proxy.count(MESSAGES) <= 18 + 4 * count, "a gap was read from its start"

@@ -107,8 +107,8 @@ async def test_inviter_is_who_invited_not_who_else_is_in_the_room() -> None:
     async with field_of() as field:
         field.bot.environment["MATRIX_INVITERS"] = ALICE
         rooms = {user: field.server.room("leave") for user in (mallory, ALICE)}
-        await field.bot.run()
         with field.proxy.inject(faults.rewrite(tell_of_members), faults.SYNC):
+            await field.bot.run()
             for inviter, room in rooms.items():
                 room.set_membership("invite", inviter)
             rooms[ALICE].command("hello")

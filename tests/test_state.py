@@ -116,9 +116,9 @@ async def test_state_of_another_account_is_not_used(room: Room, bot: Bot) -> Non
 
 
 async def test_broken_session_is_replaced_and_no_command_is_lost(
-    room: Room, proxied_bot: Bot, proxy: Proxy
+    people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """The bot logs in anew and goes on from where it was, which an editor may have looked at."""
+    """The bot logs in anew, on its device, and goes on from where it was (an editor was there)."""
     bot = proxied_bot
     await has_run(room, bot)
     said = ["first"]
@@ -134,6 +134,7 @@ async def test_broken_session_is_replaced_and_no_command_is_lost(
         assert await bot.stop() == 0
     assert "ERROR" not in bot.log
     assert not proxy.count("since=[^&]*%0A")
+    assert len(await people.account.devices()) == 2
 
 
 async def test_state_is_for_nobody_else_to_read(bot: Bot) -> None:
