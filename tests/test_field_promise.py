@@ -3,7 +3,7 @@
 import pytest
 import support.proxy as faults
 from support.proxy import JOIN, MESSAGES, SEND
-from support.scripted import FAMILIES, SYNAPSE, Manners, field_of
+from support.scripted import ALICE, FAMILIES, SYNAPSE, Manners, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
 
@@ -57,25 +57,26 @@ async def test_kills(manners: Manners) -> None:
 async def test_invitation(manners: Manners, when: str) -> None:
     """Of a room, all since the invitation is answered, and nothing before."""
     async with field_of(manners) as field:
-        room = field.server.room("leave")
+        # The one's first timeline has what precedes the invitation too, the other's not even that.
+        rooms = {count: field.server.room("leave") for count in (3, 14)}
         await field.bot.run()
         if when == "down":
             await field.bot.kill()
-        room.command("old", "older")
-        if when != "killed after the join":
-            room.set_membership("invite", "@alice:echobot.test")
-            room.command(*range(14))
-        else:
-            with field.proxy.inject(faults.done_but_silent, JOIN) as joined:
-                room.set_membership("invite", "@alice:echobot.test")
-                room.command(*range(14))
-                await joined.happens()
+        pattern = JOIN if when == "killed after the join" else "nothing"
+        with field.proxy.inject(faults.done_but_silent, pattern) as joined:
+            for count, room in rooms.items():
+                room.command(*[f"old {n}" for n in range(9)])
+                room.set_membership("invite", ALICE)
+                room.command(*range(count))
+            if when == "killed after the join":
+                await joined.happens(times=2)
                 await field.bot.kill()
         if when != "running":
             await field.bot.start()
-        await room.answers(*range(14))
-        room.command("after")
-        await room.answers(*range(14), "after")
+        for count, room in rooms.items():
+            await room.answers(*range(count))
+            room.command("after")
+            await room.answers(*range(count), "after")
 
 
 @families
