@@ -13,7 +13,7 @@ rewrite one function: `reply_to`. Four rules keep the promise, whatever breaks o
 3. Read what was left out. If a timeline is limited, the messages since the last sync are read page
    by page, and then the timeline. What precedes the bot's own invitation is history.
 4. Persist. Every request is repeated by one loop, `Client.persist`, until it succeeds, is refused
-   for good, or fails for long in one room alone. What is no network error is a bug: it is shown.
+   for good, or fails for long in a room while syncs succeed. A bug is shown, and costs one event.
 
 Environment (an empty variable counts as missing):
     MATRIX_USER          the full user ID; and MATRIX_PASSWORD, or MATRIX_ACCESS_TOKEN instead
@@ -56,8 +56,10 @@ SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothi
 INTERVAL = 0.5  # s between two polls that bring nothing, and that a poll may wait for replies
 MAX_WAIT = 60  # s without a sign of an answer, and between two attempts; twice that if told so
 REFUSAL_PATIENCE = 60  # s that a room may be refused: some servers do so just after an invitation
-PATIENCE = 600  # s that a room may fail otherwise while syncs succeed, or reply_to may take
-LONG_PATIENCE = 43_200  # s that it may be limited, or blocked until a person mends that
+PATIENCE = 600  # s that it may fail otherwise while syncs succeed
+LONG_PATIENCE = 43_200  # s that it may be limited or blocked; transaction IDs last about 24 h
+REPLY_TIMEOUT = 600  # s that reply_to may take
+MAX_EMPTY_PAGES = 600  # of messages, in a row, which take about a second each
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 JSON = dict[str, Any]
 NOTHING: JSON = {"types": []}
@@ -71,9 +73,9 @@ log = logging.getLogger("echobot")
 async def reply_to(event: RoomMessageText) -> str | None:
     """Return the text to answer a message with, or None to stay silent.
 
-    This is the function to rewrite for another bot. It may take PATIENCE s, and while it awaits,
-    other rooms go on. It may raise: that costs this one reply. After a crash it may be called again
-    for what was answered: the homeserver drops the reply, all else should bear a repetition.
+    This is the function to rewrite for another bot. It may take REPLY_TIMEOUT s: while it awaits,
+    other rooms go on. It may raise: that costs this one reply. It may be called again for what was
+    answered, above all after a crash: the second reply is dropped, other effects are not.
     """
     if not event.body.startswith(COMMAND):
         return None
@@ -86,17 +88,18 @@ async def reply_to(event: RoomMessageText) -> str | None:
 async def main() -> None:
     """Log in and answer commands until a signal comes."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, leave, 0, "stopped")
+        asyncio.get_running_loop().add_signal_handler(number, stop, 0, "stopped")
     # The libraries stay silent: nio's warnings quote whole events, access tokens included.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
     level = logging.getLevelNamesMapping().get(setting("LOG_LEVEL", "INFO").upper())
-    log.setLevel(level or leave(78, "set LOG_LEVEL to DEBUG, INFO, WARNING or ERROR"))
+    log.setLevel(level or stop(78, "set LOG_LEVEL to DEBUG, INFO, WARNING or ERROR"))
     user, token = setting("MATRIX_USER"), setting("MATRIX_ACCESS_TOKEN")
     if not user or not (token or setting("MATRIX_PASSWORD")):
-        leave(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
+        stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
     state = State(Path(setting("STATE_DIRECTORY", ".")), user)
     client = Client(user, state)
-    client.use(setting("MATRIX_HOMESERVER") or await client.persist(client.discover, "discovery"))
+    what = "discovery (needed unless MATRIX_HOMESERVER is set)"
+    client.use(setting("MATRIX_HOMESERVER") or await client.persist(client.discover, what))
     if token or not client.access_token:
         await client.persist(client.log_in, f"the login at {client.homeserver}")
     state.save_session(homeserver=client.homeserver)
@@ -108,11 +111,11 @@ def setting(name: str, default: str = "") -> str:
     """Return an environment variable; an empty one counts as missing."""
     value = os.environ.get(name) or default
     if re.search("[\0-\x1f\x7f\ud800-\udfff]", value):
-        leave(78, f"{name} is malformed (no UTF-8, or a line break in it): set it anew")
+        stop(78, f"{name} is malformed (no UTF-8, or a line break in it): set it anew")
     return value
 
 
-def leave(status: int, reason: str) -> NoReturn:
+def stop(status: int, reason: str) -> NoReturn:
     """End the process as a crash would: what is not saved will be done again."""
     notify("STOPPING=1")
     print(f"echobot: {reason}", file=sys.stderr)
@@ -124,24 +127,24 @@ async def sync_forever(client: "Client", state: "State") -> None:
     room = cache(lambda room_id: Room(client, room_id))
     response = await client.persist(client.poll, "the sync")  # Without since: old invitations too.
     notify("READY=1")
-    response["next_batch"] = state.next_batch or response["next_batch"]
-    async with asyncio.TaskGroup() as tasks:  # A bug in one of them ends the bot.
+    next_batch = state.next_batch or response["next_batch"]
+    async with asyncio.TaskGroup() as tasks:  # A bug outside of a single event ends the bot.
         # At once, or after a kill the next start would be a first one again.
-        pause = saved = tasks.create_task(state.save_after([], response["next_batch"]))
-        old: JSON = {}  # invitations: some homeservers tell of them in every response
+        pause = saved = tasks.create_task(state.save_after([], next_batch))
+        told: JSON = {}  # invitations: some homeservers tell of them in every response
         while True:
-            since, next_batch = client.next_batch, response["next_batch"]
+            since = client.next_batch
             # Not every homeserver heeds the filter: what came without a since is history.
             joined, invited = [part(response, dict, "rooms", k) for k in ("join", "invite")]
             work = [room(i).answer_timeline(joined[i], since, next_batch) for i in joined if since]
-            work += [room(i).accept(invited[i], since or next_batch) for i in invited.keys() - old]
-            answering, old = [tasks.create_task(answer) for answer in work], invited
+            work += [room(i).accept(invited[i], since or next_batch) for i in invited.keys() - told]
+            answering, told = [tasks.create_task(answer) for answer in work], invited
             saved = tasks.create_task(state.save_after([saved, *answering], next_batch))
             # Neither too far ahead of the replies, nor in a rush if there is nothing to answer.
             await asyncio.wait(answering or [pause], timeout=INTERVAL)
             client.next_batch, pause = next_batch, tasks.create_task(asyncio.sleep(INTERVAL))
             response = await client.persist(client.poll, "the sync")
-            client.timeout = SYNC_TIMEOUT
+            client.timeout, next_batch = SYNC_TIMEOUT, response["next_batch"]
 
 
 class Room:
@@ -150,7 +153,7 @@ class Room:
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.room_id, self.told_encrypted = client, room_id, False
         self.turn = asyncio.Lock()  # its parts are answered one after the other
-        self.answered: set[str] = set()  # transaction IDs for what the next timeline may repeat
+        self.answered: set[str] = set()  # transaction IDs for what timelines to come may repeat
         self.failing_since: dict[float, float] = {}  # monotonic s, by the patience of the failure
 
     async def answer_timeline(self, joined: JSON, since: str, next_batch: str) -> None:
@@ -167,7 +170,7 @@ class Room:
         client, room_id = self.client, self.room_id
         events = part(invited, list, "invite_state", "events")
         senders = [part(event, str, "sender") for event in events if self.own_membership(event)]
-        *_, inviter = ["nobody", *senders]  # All but the last are told by the inviter's homeserver.
+        inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
         async with self.turn:
             self.failing_since.clear()
             if not any(fnmatchcase(inviter, i) for i in setting("MATRIX_INVITERS", "*").split()):
@@ -184,7 +187,7 @@ class Room:
         start = part(state.session, str, "gaps", since, self.room_id) or since
         events, known = list[Any](), set[str]()
         read, empty = {"", end}, 0  # A page without an end, or that goes round, is the last one.
-        while start not in read and empty < PATIENCE:
+        while start not in read and empty < MAX_EMPTY_PAGES:
             read.add(start)
             request = partial(client.room_messages, self.room_id, start, end, forward, 20, MESSAGES)
             page = await client.persist(request, f"reading {self.room_id}", self)
@@ -197,10 +200,10 @@ class Room:
             if all(part(event, str, "unsigned", "membership") for event in events):
                 await self.answer_events(events)
                 events = []
-                if since == state.next_batch:
+                if start and since == state.next_batch:
                     gap = {**part(state.session, dict, "gaps", since), self.room_id: start}
                     state.save_session(gaps={since: gap})
-        if empty == PATIENCE:
+        if empty == MAX_EMPTY_PAGES:
             log.warning("Gave up on reading %s: too many empty pages", self.room_id)
         # The pages may stop early; what the timeline has before their end is older than that.
         old = [n for n, event in enumerate(timeline, 1) if part(event, str, "event_id") in known]
@@ -208,7 +211,7 @@ class Room:
 
     async def answer_events(self, events: list[Any]) -> None:
         """Answer what is new among events, each once and in order; a bug costs its event."""
-        # Who sent an event is told its transaction ID: so was answered what the bot sent before.
+        # The bot's own events come with their transaction IDs: so was answered what it sent before.
         self.answered |= {part(event, str, "unsigned", "transaction_id") for event in events}
         # Not every homeserver tells the bot's membership at an event: it follows from its changes.
         change = next(filter(self.own_membership, events), None)
@@ -219,9 +222,9 @@ class Room:
             # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
             tx_id = quote(event_id, safe="!$:", errors="replace").replace("%", "~")
             membership = self.own_membership(event) or membership
-            told = part(event, str, "unsigned", "membership") or membership
+            then = part(event, str, "unsigned", "membership") or membership
             try:
-                if told in ("invite", "join") and tx_id not in self.answered:
+                if then in ("invite", "join") and tx_id not in self.answered:
                     self.answered.add(tx_id)
                     await self.answer(event, event_id, tx_id)
             except Exception as error:
@@ -250,11 +253,10 @@ class Room:
             case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
                 style = event["content"].get("formatted_body"), event["content"].get("format")
                 content = await reply_content(RoomMessageText(event, body, *style))
-        what = f"the reply to {event_id} in {room_id}"
-        if content and await client.persist(
-            lambda: client.room_send(room_id, "m.room.message", content, tx_id), what, self
-        ):
-            log.info("Answered %s in %s", event_id, room_id)
+        if content:
+            request = partial(client.room_send, room_id, "m.room.message", content, tx_id)
+            if await client.persist(request, f"the reply to {event_id} in {room_id}", self):
+                log.info("Answered %s in %s", event_id, room_id)
 
     def gives_up(self, failure: "Failure") -> bool:
         """Tell whether the room has been refused, or fails while syncs succeed, for too long."""
@@ -265,7 +267,7 @@ class Room:
 async def reply_content(event: RoomMessageText) -> JSON | None:
     """Return the content of what reply_to answers an event with, in that event's thread."""
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(REPLY_TIMEOUT):
             text = await reply_to(event)
     except (SystemExit, asyncio.CancelledError) as end:  # Like all that it raises: one reply less.
         raise RuntimeError(type(end).__name__).with_traceback(end.__traceback__) from None
@@ -306,8 +308,8 @@ class Client(AsyncClient):
         self.state, device = state, part(state.session, str, "device_id") or DEVICE_ID
         token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
         self.restore_login(user, device, token)
-        self.limited, self.sync_failed_at = asyncio.Lock(), 0.0  # by a 429; monotonic s
-        self.timeout = random.randrange(1, SYNC_TIMEOUT)  # ms: Synapse repeats its last response
+        self.in_turn, self.sync_failed_at = asyncio.Lock(), 0.0  # after a 429; monotonic s
+        self.timeout = random.randrange(1, SYNC_TIMEOUT)  # ms: or Synapse repeats an old response
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         timeout = aiohttp.ClientTimeout(PATIENCE, connect=MAX_WAIT, sock_read=MAX_WAIT)
         self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
@@ -316,7 +318,7 @@ class Client(AsyncClient):
         """Send requests to this base URL, through the proxy that the environment names for it."""
         url = re.match(r"(https?)://([\w.-]+|\[[\da-f:.]+])(:[1-6]?\d{1,4})?(/|$)", homeserver)
         if not url:
-            leave(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
+            stop(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
         self.homeserver = homeserver.rstrip("/")
         self.http_proxy = None if proxy_bypass(url[2]) else getproxies().get(url[1])
 
@@ -357,14 +359,14 @@ class Client(AsyncClient):
         except Failure as failure:
             if failure.refusal:
                 check = f"MATRIX_USER and MATRIX_{'ACCESS_TOKEN' if token else 'PASSWORD'}"
-                leave(77, f"{self.homeserver} refuses {self.user}: {failure}; check {check}")
+                stop(77, f"{self.homeserver} refuses {self.user}: {failure}; check {check}")
             raise
         if found["user_id"] != self.user:
-            leave(78, f"the login is of {found['user_id']}: set MATRIX_USER to that")
+            stop(78, f"the login is of {found['user_id']}: set MATRIX_USER to that")
         device = part(found, str, "device_id") or str(self.device_id)
         new_token = found.get("access_token", "")  # One that was given is not saved.
         self.restore_login(self.user, device, token or new_token)
-        if not self.state.next_batch:  # What is there is of another user.
+        if not self.state.next_batch:  # What is there is empty, or of another user.
             (self.state.directory / "next_batch").unlink(missing_ok=True)
         self.state.save_session(user_id=self.user, device_id=device, access_token=new_token)
 
@@ -388,10 +390,9 @@ class Client(AsyncClient):
                     cause = str(failure)
                     level = logging.INFO if failure.retry_after else logging.WARNING
                     log.log(level, "Trouble with %s: %s; trying again", what, cause)
-                wait = failure.retry_after or delay * random.uniform(0.5, 1)
                 # In turn if it is short, or all that are limited would ask for each free slot.
-                async with self.limited if room and 0 < failure.retry_after <= 5 else nullcontext():
-                    await asyncio.sleep(wait)
+                async with self.in_turn if room and 0 < failure.retry_after <= 5 else nullcontext():
+                    await asyncio.sleep(failure.retry_after or delay * random.uniform(0.5, 1))
                 delay = min(2 * delay, MAX_WAIT)
 
     async def _send(
@@ -399,12 +400,11 @@ class Client(AsyncClient):
     ) -> JSON:
         """Make one of nio's requests, once; return JSON or raise Failure."""
         # nio has the access token in the URL of all that needs one; logs on the way would have it.
-        path, needs_token = re.subn(r"access_token=[^&]*&?", "", path)
+        url, needs_token = re.subn(r"access_token=[^&]*&?", "", self.homeserver + path)
         headers = {"Authorization": f"Bearer {self.access_token}"} if needs_token else {}
+        request = self.http.request(method, url, data=data, headers=headers, proxy=self.http_proxy)
         try:
-            async with self.http.request(
-                method, self.homeserver + path, data=data, headers=headers, proxy=self.http_proxy
-            ) as response:
+            async with request as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             # Not the whole text, which may quote a proxy's password.
@@ -430,15 +430,15 @@ class State:
         try:
             self.descriptor = os.open(directory, os.O_RDONLY)
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-            (directory / "next_batch.tmp").touch(0o600)
+            (directory / "next_batch.tmp").touch(0o600)  # Can it be written at all?
             with suppress(FileNotFoundError):
                 self.next_batch = (directory / "next_batch").read_text(errors="replace").strip()
             with suppress(FileNotFoundError, ValueError):
                 saved = json.loads((directory / "session.json").read_bytes())
         except BlockingIOError:
-            leave(75, f"another copy is running on {directory}: stop it first")
+            stop(75, f"another copy is running on {directory}: stop it first")
         except OSError as error:
-            leave(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
+            stop(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
         owner = part(saved, str, "user_id")
         if owner not in ("", user):
             log.warning("Not using the state of %s", owner)
@@ -495,6 +495,6 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["--help"], ["-h"]):
         print(Path(__file__).read_text().split('"""')[1])  # __doc__ is None under -OO.
     elif sys.argv[1:]:
-        leave(2, "takes no arguments but --help; settings are environment variables")
+        stop(2, "takes no arguments but --help; settings are environment variables")
     else:
         asyncio.run(main())
