@@ -9,7 +9,7 @@ import pytest
 import support.proxy as faults
 from support.bot import Bot, new_bot
 from support.people import People, Room
-from support.proxy import LOGIN, SEND, Proxy
+from support.proxy import LOGIN, MESSAGES, SEND, Proxy
 from test_misbehaving_rooms import sends_to
 
 
@@ -96,17 +96,23 @@ async def test_crash_while_one_room_hangs(
     """However far another room has come, no position was saved that is past its command."""
     other = await people.room()
     await proxied_bot.run()
+    await proxied_bot.kill()
+    proxy.timeline_limit = 1
+    await room.command("hangs")
+    await other.command(*range(25))
     with proxy.inject(faults.hold(asyncio.Event().wait), sends_to(room.room_id)) as hanging:
-        await room.command("hangs")
+        await proxied_bot.start()
         await hanging.happens()
-        for n in range(5):
+        for n in range(25, 30):
             await other.command(n)
             assert await other.replies(n + 1) == [str(m) for m in range(n + 1)]
         await proxied_bot.kill()
+    position = proxied_bot.next_batch
     await proxied_bot.start()
     assert await room.replies(1) == ["hangs"]
-    await other.command(5)
-    assert await other.replies(6) == [str(m) for m in range(6)]
+    await other.command(30)
+    assert await other.replies(31) == [str(m) for m in range(31)]
+    assert proxy.count(f"{MESSAGES}.*from={position}&") == 1, "a gap was read from its start again"
 
 
 async def stops(bot: Bot, number: int = signal.SIGTERM) -> None:

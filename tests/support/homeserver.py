@@ -60,9 +60,8 @@ class User:
 
     async def request(self, method: str, path: str, body: Any = None, **query: Any) -> Any:
         """Request `/_matrix/client/v3` + path as this user; return JSON or raise MatrixError."""
-        return await self.homeserver.request(
-            method, path, body, access_token=self.access_token, **query
-        )
+        token = self.access_token
+        return await self.homeserver.request(method, path, body, access_token=token, **query)
 
     async def create_room(self, *invite: str, **options: Any) -> str:
         """Create a room, return its ID."""
@@ -80,9 +79,8 @@ class User:
 
     async def send(self, room_id: str, body: str, **content: Any) -> str:
         """Send a text message, with `content` over the ordinary one; return its event ID."""
-        return await self.send_event(
-            room_id, "m.room.message", {"msgtype": "m.text", "body": body, **content}
-        )
+        message = {"msgtype": "m.text", "body": body, **content}
+        return await self.send_event(room_id, "m.room.message", message)
 
     async def send_event(self, room_id: str, kind: str, content: Any) -> str:
         """Send any event; return its event ID."""

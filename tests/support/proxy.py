@@ -118,11 +118,8 @@ class Proxy:
                 timeout=aiohttp.ClientTimeout(total=300),
             ) as answer:
                 body = await answer.read()
-                kept = {
-                    k: v
-                    for k, v in answer.headers.items()
-                    if k.lower() in ("content-type", "content-encoding", "retry-after")
-                }
+                names = ("content-type", "content-encoding", "retry-after")
+                kept = {k: v for k, v in answer.headers.items() if k.lower() in names}
                 self.bytes_to_bot += len(body)
                 return web.Response(status=answer.status, body=body, headers=kept)
         except (OSError, aiohttp.ClientError):

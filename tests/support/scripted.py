@@ -120,11 +120,8 @@ class Room:
     @property
     def replies(self) -> list[str]:
         """The bodies of what the bot has sent, repeated transactions left out."""
-        return [
-            event["content"]["body"]
-            for _, event in self.events
-            if event["sender"] == BOT and event["type"] == "m.room.message"
-        ]
+        own = [event for _, event in self.events if event["sender"] == BOT]
+        return [event["content"]["body"] for event in own if event["type"] == "m.room.message"]
 
     async def answers(self, *texts: object, seconds: float = 20) -> None:
         """Wait for as many replies as texts; assert that they are these, in order, each once."""
@@ -278,9 +275,7 @@ def select(room: Room, start: int, asked: JSON, to: float = float("inf")) -> lis
     return [
         event
         for position, event in room.events[bisect_right(room.events, start, key=itemgetter(0)) :]
-        if position <= to
-        and event["type"] in asked.get("types", [event["type"]])
-        and event["sender"] not in asked.get("not_senders", [])
+        if position <= to and event["type"] in asked.get("types", [event["type"]])
     ]
 
 
