@@ -430,7 +430,7 @@ class State:
         try:
             self.descriptor = os.open(directory, os.O_RDONLY)
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-            (directory / "next_batch.tmp").touch(0o600)  # Can it be written at all?
+            (directory / "next_batch.tmp").touch(0o600)  # To fail now, not at a save.
             with suppress(FileNotFoundError):
                 self.next_batch = (directory / "next_batch").read_text(errors="replace").strip()
             with suppress(FileNotFoundError, ValueError):

@@ -264,8 +264,7 @@ class Scripted:
 
 def parse(position: str) -> int:
     """Return the number in a position; raise MatrixError."""
-    match = re.match(r"s(\d+)", position)
-    if not match:
+    if not (match := re.match(r"s(\d+)", position)):
         raise MatrixError(400, {"errcode": "M_INVALID_PARAM"})
     return int(match[1])
 
@@ -275,7 +274,9 @@ def select(room: Room, start: int, asked: JSON, to: float = float("inf")) -> lis
     return [
         event
         for position, event in room.events[bisect_right(room.events, start, key=itemgetter(0)) :]
-        if position <= to and event["type"] in asked.get("types", [event["type"]])
+        if position <= to
+        and event["type"] in asked.get("types", [event["type"]])
+        and event["sender"] not in asked.get("not_senders", [])
     ]
 
 
