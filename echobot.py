@@ -402,6 +402,8 @@ class Client(AsyncClient):
         # nio has the access token in the URL of all that needs one; logs on the way would have it.
         url, needs_token = re.subn(r"access_token=[^&]*&?", "", self.homeserver + path)
         headers = {"Authorization": f"Bearer {self.access_token}"} if needs_token else {}
+        if method != "GET":  # Not every homeserver takes a body of another type, or none.
+            data, headers["Content-Type"] = data or "{}", "application/json"
         request = self.http.request(method, url, data=data, headers=headers, proxy=self.http_proxy)
         try:
             async with request as response:

@@ -170,6 +170,10 @@ class Scripted:
 
     async def answer(self, request: web.Request, path: list[str]) -> JSON:
         """Return the answer to a request; raise MatrixError."""
+        if request.can_read_body and request.content_type != "application/json":
+            raise MatrixError(400, {"errcode": "M_NOT_JSON"})
+        if request.method != "GET" and not isinstance(await body_of(request), dict):
+            raise MatrixError(400, {"errcode": "M_BAD_JSON"})
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in self.devices and path != ["login"]:
             raise MatrixError(401, {"errcode": "M_UNKNOWN_TOKEN"})
@@ -260,6 +264,13 @@ class Scripted:
         elif self.manners.end_in_last_page:
             page["end"] = f"s{max(start, to)}"
         return page
+
+
+async def body_of(request: web.Request) -> Any:
+    """Return the JSON of a request, or None where there is none."""
+    with suppress(ValueError):
+        return json.loads(await request.read())
+    return None
 
 
 def parse(position: str) -> int:
