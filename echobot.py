@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["matrix-nio~=0.26.0"]
+# ///
 """A Matrix bot that answers every command once: none is lost, none is answered twice.
 
     MATRIX_USER=@bot:example.org MATRIX_PASSWORD=... python echobot.py
@@ -6,12 +10,12 @@
 It answers each message that starts with !replybot with the rest of it. For a bot of your own,
 rewrite one function: `reply_to`. Four rules keep the promise, whatever breaks on the way:
 
-1. Reply, then save. The next_batch of a sync response is saved once every reply to it, and to all
-   before it, was acknowledged. So a stop needs no care: the next start does what was not done.
-2. Repeat safely. The transaction ID of a reply is made from the event ID, and the device ID stays
-   the same: the homeserver drops a reply that it has already.
-3. Read what was left out. If a timeline is limited, the messages since the last sync are read page
-   by page, and then the timeline. What precedes the bot's own invitation is history.
+1. Save what is done, after every sync: next_batch, and for each room that still owes replies the
+   position to read it from again. So a slow room costs only itself, and a stop needs no care.
+2. A reply names the event that it answers. Before events are answered, or a reply is sent again,
+   the bot's own messages tell what has a reply already.
+3. Read back what was left out: from now to what was known at the position before, or to the bot's
+   own invitation. What precedes that is history.
 4. Persist. Every request is repeated by one loop, `Client.persist`, until it succeeds, is refused
    for good, or fails for long in a room while syncs succeed. A bug is shown, and costs one event.
 
@@ -37,10 +41,12 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -51,31 +57,33 @@ from nio import AsyncClient, MessageDirection, RoomMessageText
 
 COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
-DEVICE_ID = "ECHOBOT"  # always the same: transaction IDs are remembered for the device
+DEVICE_ID = "ECHOBOT"  # always the same: Synapse remembers transaction IDs for the device
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
-INTERVAL = 0.5  # s between two polls that bring nothing, and that a poll may wait for replies
-MAX_WAIT = 60  # s without a sign of an answer, and between two attempts; twice that if told so
-REFUSAL_PATIENCE = 60  # s that a room may be refused: some servers do so just after an invitation
-PATIENCE = 600  # s that it may fail otherwise while syncs succeed
-LONG_PATIENCE = 43_200  # s that it may be limited or blocked; transaction IDs last about 24 h
+INTERVAL = 0.5  # s between two polls that bring nothing new, and that a poll may wait for replies
+MAX_DELAY = 60  # s between two attempts, twice that if told so
+PATIENCE = 600  # s that a room may fail while syncs succeed, and that one attempt may take
+POSITION_PATIENCE = 60  # s that the position of a sync may be refused
 REPLY_TIMEOUT = 600  # s that reply_to may take
-MAX_EMPTY_PAGES = 600  # of messages, in a row, which take about a second each
+MAX_BUSY = 500  # rooms that are answered at a time; often only 1,024 files may be open
+PAGE = 100  # events in a timeline or a page, as many as any homeserver gives
+MAX_EMPTY_PAGES = 600  # in a row, which take about a second each
+MAX_KEPT = 1000  # events of a room: answered ones whose IDs are remembered, and waiting ones
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
-JSON = dict[str, Any]
-NOTHING: JSON = {"types": []}
-MESSAGES: JSON = {"types": ["m.room.message", "m.room.encrypted", "m.room.member"], "limit": 100}
+TYPES = ["m.room.message", "m.room.encrypted", "m.room.member"]
 # What a success has, by the names of nio's responses.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
+JSON = dict[str, Any]
 log = logging.getLogger("echobot")
 
 
-async def reply_to(event: RoomMessageText) -> str | None:
-    """Return the text to answer a message with, or None to stay silent.
+async def reply_to(event: RoomMessageText) -> str | JSON | None:
+    """Return what to answer a message with: a text, the content of an event, or None.
 
-    This is the function to rewrite for another bot. It may take REPLY_TIMEOUT s: while it awaits,
-    other rooms go on. It may raise: that costs this one reply. It may be called again for what was
-    answered, above all after a crash: the second reply is dropped, other effects are not.
+    This is the function to rewrite for another bot. It gets event.sender, event.body and
+    event.event_id; event.source has all else, as event.source["room_id"]. It may take
+    REPLY_TIMEOUT s: while it awaits, other rooms go on. It may raise: that costs this one reply.
+    After a crash it may be called again for what was answered: the second reply is dropped.
     """
     if not event.body.startswith(COMMAND):
         return None
@@ -87,15 +95,21 @@ async def reply_to(event: RoomMessageText) -> str | None:
 
 async def main() -> None:
     """Log in and answer commands until a signal comes."""
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop, 0, "stopped")
+        loop.add_signal_handler(number, stop, 0, "stopped")
+    # Threads that a reply_to keeps busy hold up no save and no look-up of names.
+    loop.set_default_executor(ThreadPoolExecutor(1000))
     # The libraries stay silent: nio's warnings quote whole events, access tokens included.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
     level = logging.getLevelNamesMapping().get(setting("LOG_LEVEL", "INFO").upper())
     log.setLevel(level or stop(78, "set LOG_LEVEL to DEBUG, INFO, WARNING or ERROR"))
     user, token = setting("MATRIX_USER"), setting("MATRIX_ACCESS_TOKEN")
-    if not user or not (token or setting("MATRIX_PASSWORD")):
-        stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
+    secret = "" if token or setting("MATRIX_PASSWORD") else "MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN"
+    if missing := [name for name in ("" if user else "MATRIX_USER", secret) if name]:
+        stop(78, f"{' and '.join(missing)} must be set; see --help")
+    if not re.fullmatch(r"@[^\s:]*:([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?", user):
+        stop(78, f"MATRIX_USER is {user}, but must be a full user ID, like @bot:example.org")
     state = State(Path(setting("STATE_DIRECTORY", ".")), user)
     client = Client(user, state)
     what = "discovery (needed unless MATRIX_HOMESERVER is set)"
@@ -104,7 +118,7 @@ async def main() -> None:
         await client.persist(client.log_in, f"the login at {client.homeserver}")
     state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
-    await sync_forever(client, state)
+    await start(sync_forever(client, state))
 
 
 def setting(name: str, default: str = "") -> str:
@@ -118,186 +132,393 @@ def setting(name: str, default: str = "") -> str:
 def stop(status: int, reason: str) -> NoReturn:
     """End the process as a crash would: what is not saved will be done again."""
     notify("STOPPING=1")
-    print(f"echobot: {reason}", file=sys.stderr)
+    with suppress(OSError):  # The reader of stderr may be gone.
+        print(f"echobot: {reason}", file=sys.stderr)
     os._exit(status)
 
 
+def start(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Run work beside all else; a bug in it that is not of a single event ends the process."""
+
+    def end_on_bug(task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (bug := task.exception()):
+            traceback.print_exception(bug)
+            stop(1, "a bug, as shown above")
+
+    task = asyncio.create_task(work)
+    task.add_done_callback(end_on_bug)
+    return task
+
+
 async def sync_forever(client: "Client", state: "State") -> None:
-    """Start to answer each sync response, and poll on without waiting for that."""
-    room = cache(lambda room_id: Room(client, room_id))
-    response = await client.persist(client.poll, "the sync")  # Without since: old invitations too.
-    notify("READY=1")
-    next_batch = state.next_batch or response["next_batch"]
-    async with asyncio.TaskGroup() as tasks:  # A bug outside of a single event ends the bot.
-        # At once, or after a kill the next start would be a first one again.
-        pause = saved = tasks.create_task(state.save_after([], next_batch))
-        told: JSON = {}  # invitations: some homeservers tell of them in every response
-        while True:
-            since = client.next_batch
-            # Not every homeserver heeds the filter: what came without a since is history.
-            joined, invited = [part(response, dict, "rooms", k) for k in ("join", "invite")]
-            work = [room(i).answer_timeline(joined[i], since, next_batch) for i in joined if since]
-            work += [room(i).accept(invited[i], since or next_batch) for i in invited.keys() - told]
-            answering, told = [tasks.create_task(answer) for answer in work], invited
-            saved = tasks.create_task(state.save_after([saved, *answering], next_batch))
-            # Neither too far ahead of the replies, nor in a rush if there is nothing to answer.
-            await asyncio.wait(answering or [pause], timeout=INTERVAL)
-            client.next_batch, pause = next_batch, tasks.create_task(asyncio.sleep(INTERVAL))
-            response = await client.persist(client.poll, "the sync")
-            client.timeout, next_batch = SYNC_TIMEOUT, response["next_batch"]
+    """Hand what each sync response brings to its rooms, save what is done, and poll on."""
+    rooms = Rooms(client)
+    for room_id, position in state.behind.items():
+        rooms[room_id].unread = Unread(position)
+    polling = start(poll(client, state.next_batch))
+    beside = start(resume(client, rooms, state.next_batch))
+    while True:
+        began = time.monotonic()
+        while not polling.done():
+            notify("WATCHDOG=1")
+            await asyncio.wait([polling], timeout=MAX_DELAY)
+        since, response = polling.result()
+        answering = rooms.receive(response, since)
+        # Neither too far ahead of the replies, nor in a rush if there is nothing new.
+        if answering:
+            await asyncio.wait(answering, timeout=INTERVAL)
+        elif since and beside:
+            await asyncio.sleep(began + INTERVAL - time.monotonic())
+        polling = start(poll(client, response["next_batch"]))
+        await asyncio.to_thread(state.save_position, response["next_batch"], rooms.behind())
+
+
+async def poll(client: "Client", since: str) -> tuple[str, JSON]:
+    """Return a position and the sync response that follows it: `since`, or "" if that is lost."""
+
+    def is_lost(failure: "Failure", seconds: float) -> bool:
+        is_refused = failure.is_refusal and failure.status in (400, 404)
+        return since != "" and is_refused and seconds >= POSITION_PATIENCE
+
+    if response := await client.persist(lambda: client.poll(since), "the sync", is_lost):
+        return since, response
+    log.error("next_batch %s is refused, what came since is lost: starting from now", since)
+    return "", await client.persist(lambda: client.poll(""), "the sync")
+
+
+async def resume(client: "Client", rooms: "Rooms", position: str) -> None:
+    """Go on in rooms that owe replies, and accept invitations of which no later sync tells."""
+    if rooms:
+        joined = await client.persist(client.joined_rooms, "the list of rooms")
+        for room_id in rooms.keys() & set(part(joined, list, "joined_rooms")):
+            rooms[room_id].catch_up(position)
+    if position:
+        response = await client.persist(
+            lambda: client.sync(1, sync_filter("")), "the sync for older invitations"
+        )
+        rooms.follow(part(response, dict, "rooms", "invite"), position)
+
+
+def sync_filter(since: str) -> JSON:
+    """Return what is wanted of a sync: timelines, or without a position only invitations."""
+    nothing: JSON = {"types": []}
+    room = dict.fromkeys(["timeline", "state", "ephemeral", "account_data"], nothing)
+    if since:
+        # Of all types, or Dendrite changes the order; and with lazy_load_members, or Synapse
+        # leaves out a room that it has joined only in part.
+        room |= {"timeline": {"limit": PAGE}, "state": {**nothing, "lazy_load_members": True}}
+    return {"room": room, "presence": nothing, "account_data": nothing}
+
+
+class Rooms(dict[str, "Room"]):
+    """The rooms that this life has heard of, by room ID."""
+
+    def __init__(self, client: "Client") -> None:
+        self.client = client
+
+    def __missing__(self, room_id: str) -> "Room":
+        """Make a room that is heard of for the first time."""
+        room = self[room_id] = Room(self.client, room_id)
+        return room
+
+    def receive(self, response: JSON, since: str) -> list[asyncio.Task[None]]:
+        """Hand each room its part of a sync response; return the tasks that answer what is new."""
+        joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
+        for room_id, room in self.items():
+            room.is_told &= room_id in invited
+        self.follow(invited, since)
+        # Not every homeserver heeds the filter: without a position timelines are history.
+        tasks = [self[i].receive(joined[i], since, response["next_batch"]) for i in joined if since]
+        return [task for task in tasks if task]
+
+    def follow(self, invited: JSON, since: str) -> None:
+        """Have rooms accept new invitations, which came after a position ("": not known)."""
+        for room_id in invited:
+            if not self[room_id].is_told:
+                self[room_id].invite(invited[room_id], since)
+
+    def behind(self) -> dict[str, str]:
+        """Return the position to read each room from again that owes replies."""
+        owed = {room_id: room.doing or room.unread for room_id, room in self.items()}
+        return {room_id: unread.since for room_id, unread in owed.items() if unread}
+
+
+@dataclass
+class Unread:
+    """What came of a room after a position and is not answered yet."""
+
+    since: str  # "" if not known: it is read back to the invitation
+    upto: str = ""  # the next_batch that it ends at; "" while there is only an invitation
+    is_limited: bool = True  # Some of it is not in `events`.
+    events: dict[str, JSON] = field(default_factory=dict)  # by event ID, oldest first
 
 
 class Room:
     """A room, and what is remembered of it until the process ends."""
 
     def __init__(self, client: "Client", room_id: str) -> None:
-        self.client, self.room_id, self.told_encrypted = client, room_id, False
-        self.turn = asyncio.Lock()  # its parts are answered one after the other
-        self.answered: set[str] = set()  # transaction IDs for what timelines to come may repeat
-        self.failing_since: dict[float, float] = {}  # monotonic s, by the patience of the failure
+        self.client, self.room_id = client, room_id
+        self.doing: Unread | None = None  # what is being answered
+        self.unread: Unread | None = None  # what comes after that
+        self.answering: asyncio.Task[None] | None = None
+        self.joining: asyncio.Task[None] | None = None
+        self.answered: dict[str, None] = {}  # event IDs, as later timelines may repeat them
+        self.failing_since: float | None = None  # s of successful syncs
+        self.is_told = False  # of its invitation: some homeservers do so in every response
+        self.has_notice = False  # that it is encrypted
 
-    async def answer_timeline(self, joined: JSON, since: str, next_batch: str) -> None:
-        """Answer the room's timeline in a sync response, and before it what that leaves out."""
-        async with self.turn:
-            events = part(joined, list, "timeline", "events")
-            if part(joined, bool, "timeline", "limited"):
-                events = await self.answer_gap(since, next_batch, events)
-            await self.answer_events(events)
-            self.answered.clear()
+    def receive(self, joined: JSON, since: str, next_batch: str) -> asyncio.Task[None] | None:
+        """Take in a timeline; return the task that answers it, or None if nothing is new."""
+        events = by_id(part(joined, list, "timeline", "events"))
+        is_limited = part(joined, bool, "timeline", "limited")
+        unread = self.unread or Unread(since, is_limited=False)
+        is_new = events.keys() - self.answered.keys() - unread.events.keys()
+        if not is_new and (events or not is_limited):
+            return None
+        # The first timeline after a join may reach into the time before.
+        is_limited |= any(self.own_membership(event) == "join" for event in events.values())
+        if is_limited or len(unread.events) > MAX_KEPT:
+            unread.is_limited, unread.events = True, {}
+        unread.events |= events
+        self.unread = unread
+        return self.catch_up(next_batch)
 
-    async def accept(self, invited: JSON, since: str) -> None:
-        """Join the room and answer what was said since the invitation, or reject that."""
-        client, room_id = self.client, self.room_id
+    def catch_up(self, position: str) -> asyncio.Task[None]:
+        """Return the task that answers what is unread up to a position."""
+        if self.unread:
+            self.unread.upto = position
+        if not self.answering or self.answering.done():
+            self.answering = start(self.answer_unread())
+        return self.answering
+
+    def invite(self, invited: JSON, since: str) -> None:
+        """Follow an invitation that came after a position, and no earlier one any more."""
+        self.is_told = True
+        self.unread = self.unread or Unread(since)
+        if self.joining:
+            self.joining.cancel()
+        self.joining = start(self.accept(invited))
+
+    async def accept(self, invited: JSON) -> None:
+        """Join the room, whose next timeline is read back to the invitation, or reject that."""
+        client, room_id, self.failing_since = self.client, self.room_id, None
         events = part(invited, list, "invite_state", "events")
         senders = [part(event, str, "sender") for event in events if self.own_membership(event)]
         inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
-        async with self.turn:
-            self.failing_since.clear()
-            if not any(fnmatchcase(inviter, i) for i in setting("MATRIX_INVITERS", "*").split()):
-                await client.persist(lambda: client.room_leave(room_id), f"leaving {room_id}", self)
-                log.info("Did not follow the invitation of %s to %s", inviter, room_id)
-            elif await client.persist(lambda: client.join(room_id), f"joining {room_id}", self):
-                log.info("Joined %s, invited by %s", room_id, inviter)
-                # Up to now: the polls since the invitation have told nothing of this room.
-                await self.answer_events(await self.answer_gap(since, None, []))
+        if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
+            await self.persist(lambda: client.room_leave(room_id), f"leaving {room_id}")
+            log.info("Did not follow the invitation of %s to %s", inviter, room_id)
+        elif await self.persist(lambda: client.join(room_id), f"joining {room_id}"):
+            log.info("Joined %s, invited by %s", room_id, inviter)
+            self.is_told = False  # The next one is another.
+            return
+        if self.unread and not self.unread.upto:
+            self.unread = None
 
-    async def answer_gap(self, since: str, end: str | None, timeline: list[Any]) -> list[Any]:
-        """Answer what came between two positions (default: now); return what is left to answer."""
-        client, state, forward = self.client, self.client.state, MessageDirection.front
-        start = part(state.session, str, "gaps", since, self.room_id) or since
-        events, known = list[Any](), set[str]()
-        read, empty = {"", end}, 0  # A page without an end, or that goes round, is the last one.
-        while start not in read and empty < MAX_EMPTY_PAGES:
-            read.add(start)
-            request = partial(client.room_messages, self.room_id, start, end, forward, 20, MESSAGES)
-            page = await client.persist(request, f"reading {self.room_id}", self)
-            start, chunk = part(page, str, "end"), part(page, list, "chunk")
-            events += chunk
-            known |= {part(event, str, "event_id") for event in chunk}
-            empty = 0 if chunk else empty + 1
-            await asyncio.sleep(min(empty / 4, 1))
-            # By pages, so that a killed bot gets on; unless later events may tell what is history.
-            if all(part(event, str, "unsigned", "membership") for event in events):
+    async def persist(self, request: Callable[[], Any], what: str) -> Any:
+        """Repeat a request of this room; return its response, or None if the room gives up."""
+        response = await self.client.persist(request, what, self.gives_up)
+        if response is not None:
+            self.failing_since = None
+        return response
+
+    def gives_up(self, failure: "Failure", _: float) -> bool:
+        """Tell whether it is the message's own fault, or the room has failed for too long."""
+        if failure.is_awaited:
+            return False
+        if failure.is_refusal and failure.status in (400, 413):
+            return True
+        if self.failing_since is None:
+            self.failing_since = self.client.synced_for
+        # What is given up stays so: one attempt for each request, until one succeeds.
+        return self.client.synced_for - self.failing_since >= PATIENCE
+
+    async def answer_unread(self) -> None:
+        """Answer what is unread, until no more than an invitation is."""
+        while self.unread and self.unread.upto:
+            self.doing, self.unread = self.unread, None
+            async with self.client.slots:
+                is_limited = self.doing.is_limited
+                events = await self.read_back(self.doing) if is_limited else self.doing.events
                 await self.answer_events(events)
-                events = []
-                if start and since == state.next_batch:
-                    gap = {**part(state.session, dict, "gaps", since), self.room_id: start}
-                    state.save_session(gaps={since: gap})
-        if empty == MAX_EMPTY_PAGES:
-            log.warning("Gave up on reading %s: too many empty pages", self.room_id)
-        # The pages may stop early; what the timeline has before their end is older than that.
-        old = [n for n, event in enumerate(timeline, 1) if part(event, str, "event_id") in known]
-        return events + timeline[max(old, default=0) :]
+            self.doing = None
 
-    async def answer_events(self, events: list[Any]) -> None:
+    async def read_back(self, unread: Unread) -> dict[str, JSON]:
+        """Return what came after a position, oldest first, wherever its place in the room is."""
+        known = await self.known_at(unread.since)
+        border, read = set(known), dict[str, JSON]()  # newest first
+        async for chunk in self.pages(unread):
+            read |= chunk
+            if not known:  # All is done up to the invitation, or to what has a reply.
+                own = [i for i, e in chunk.items() if self.own_membership(e) == "invite"]
+                border |= self.replied(chunk) | set(own)
+            if known[-1] in chunk if known else border & read.keys() or not chunk:
+                break
+        ends = [n for n, event_id in enumerate(read, 1) if event_id in border]
+        newest_first = list(read)[: max(ends, default=len(read))]
+        events = {i: read[i] for i in reversed(newest_first) if i not in known}
+        # Where a homeserver's worker lags, the end of the timeline is not in its pages.
+        ends = [n for n, event_id in enumerate(unread.events, 1) if event_id in read]
+        return events | dict(list(unread.events.items())[max(ends, default=0) :])
+
+    async def known_at(self, position: str) -> list[str]:
+        """Return the newest event IDs at a position, newest first; none if not in the room then."""
+        # One alone first: Synapse fills up a page from other homeservers, with what seems old.
+        newest, _ = await self.page(position, 1) if position else ({}, "")
+        for event_id, event in newest.items():
+            if part(event, str, "unsigned", "membership") in ("", "join"):
+                ids = [event_id, *(await self.page(position, PAGE))[0]]
+                return ids[1 + ids[1:].index(event_id) :] if event_id in ids[1:] else ids[:1]
+        return []
+
+    async def pages(self, unread: Unread) -> AsyncIterator[dict[str, JSON]]:
+        """Yield events by pages, newest first, from the end of what is unread."""
+        start, read, empty, lags = unread.upto, {""}, 0, 0
+        while start not in read and empty < MAX_EMPTY_PAGES:
+            chunk, end = await self.page(start, PAGE)
+            if len(read) == 1 and unread.events and not chunk.keys() & unread.events and lags < 5:
+                lags += 1  # There is a hole before the timeline: a homeserver's worker lags.
+                await asyncio.sleep(lags)
+                continue
+            yield chunk
+            read.add(start)  # A page without an end, or that goes round, is the last one.
+            start, empty = end, 0 if chunk else empty + 1
+            await asyncio.sleep(min(empty / 4, 1))
+
+    async def page(self, start: str, limit: int) -> tuple[dict[str, JSON], str]:
+        """Return events before a position, newest first, and the position before them."""
+        client, back = self.client, MessageDirection.back
+        page = await self.persist(
+            lambda: client.room_messages(self.room_id, start, None, back, limit),
+            f"reading {self.room_id}",
+        )
+        return by_id(part(page, list, "chunk")), part(page, str, "end")
+
+    async def answer_events(self, events: dict[str, JSON]) -> None:
         """Answer what is new among events, each once and in order; a bug costs its event."""
-        # The bot's own events come with their transaction IDs: so was answered what it sent before.
-        self.answered |= {part(event, str, "unsigned", "transaction_id") for event in events}
+        replied = self.replied(events)
         # Not every homeserver tells the bot's membership at an event: it follows from its changes.
-        change = next(filter(self.own_membership, events), None)
-        before = "leave" if self.own_membership(change) in ("invite", "join") else "join"
-        membership = part(change, str, "unsigned", "prev_content", "membership") or before
-        for event in events:
-            event_id = part(event, str, "event_id")
-            # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
-            tx_id = quote(event_id, safe="!$:", errors="replace").replace("%", "~")
+        changes = filter(None, map(self.own_membership, events.values()))
+        membership = "leave" if next(changes, "") in ("invite", "join") else "join"
+        for event_id, event in events.items():
             membership = self.own_membership(event) or membership
             then = part(event, str, "unsigned", "membership") or membership
+            is_new = event_id not in replied and event_id not in self.answered
+            self.answered[event_id] = None
+            if len(self.answered) > MAX_KEPT:
+                del self.answered[next(iter(self.answered))]
             try:
-                if then in ("invite", "join") and tx_id not in self.answered:
-                    self.answered.add(tx_id)
-                    await self.answer(event, event_id, tx_id)
-            except Exception as error:
+                if is_new and then in ("invite", "join"):
+                    await self.answer(event_id, event)
+            except BaseException as error:  # Whatever reply_to raises.
                 # Without its text, which may quote the message.
                 frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
                 log.error("Passed over %s in %s:\n%s", event_id, self.room_id, frames)
 
-    def own_membership(self, event: Any) -> str:
-        """Return the membership that an event gives the bot, "" if it is about something else."""
-        is_own = part(event, str, "state_key") == self.client.user_id
-        return str(part(event, str, "content", "membership")) if is_own else ""
-
-    async def answer(self, event: Any, event_id: str, tx_id: str) -> None:
+    async def answer(self, event_id: str, event: JSON) -> None:
         """Answer an event if it calls for it, and return once the reply is acknowledged."""
-        client, room_id, content = self.client, self.room_id, None
+        # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
+        tx_id = quote(event_id, safe="!$:", errors="replace").replace("%", "~")
+        content: JSON | None = None
         match event:
-            case {"sender": client.user_id} | {"unsigned": {"redacted_because": _}}:
+            case {"sender": self.client.user_id} | {"unsigned": {"redacted_because": _}}:
                 return
             case {"content": {"m.relates_to": {"rel_type": "m.replace"}}}:
                 return  # It is an edit.
-            case {"type": "m.room.encrypted"} if not self.told_encrypted:
-                self.told_encrypted = True
-                log.warning("%s is encrypted: its messages can't be read", room_id)
+            case {"type": "m.room.encrypted"} if not self.has_notice:
+                self.has_notice = True
+                log.warning("%s is encrypted: its messages can't be read", self.room_id)
                 content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-                tx_id = f"encrypted{room_id}"
+                tx_id = f"encrypted{self.room_id}"
             case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
                 style = event["content"].get("formatted_body"), event["content"].get("format")
-                content = await reply_content(RoomMessageText(event, body, *style))
+                source = {**event, "room_id": self.room_id}
+                content = await reply_content(RoomMessageText(source, body, *style))
         if content:
-            request = partial(client.room_send, room_id, "m.room.message", content, tx_id)
-            if await client.persist(request, f"the reply to {event_id} in {room_id}", self):
-                log.info("Answered %s in %s", event_id, room_id)
+            await self.send({**content, "echobot.answers": event_id}, tx_id)
 
-    def gives_up(self, failure: "Failure") -> bool:
-        """Tell whether the room has been refused, or fails while syncs succeed, for too long."""
-        since = self.failing_since.setdefault(failure.patience, time.monotonic())
-        return time.monotonic() - max(since, self.client.sync_failed_at) >= failure.patience
+    async def send(self, content: JSON, tx_id: str) -> None:
+        """Send a reply; before it is sent again, look whether it is there in spite of a failure."""
+        client, room_id, event_id = self.client, self.room_id, content["echobot.answers"]
+        is_again = False
+
+        async def request() -> Any:
+            nonlocal is_again
+            if is_again:
+                page = await client.room_messages(room_id, "", limit=PAGE)
+                if event_id in self.replied(by_id(part(page, list, "chunk"))):
+                    return page
+            is_again = True
+            return await client.room_send(room_id, "m.room.message", content, tx_id)
+
+        if await self.persist(request, f"the reply to {event_id} in {room_id}"):
+            log.info("Answered %s in %s", event_id, room_id)
+
+    def replied(self, events: dict[str, JSON]) -> set[str]:
+        """Return the IDs of the events that the bot's own messages among these answer."""
+        own = [e for e in events.values() if part(e, str, "sender") == self.client.user_id]
+        return {part(event, str, "content", "echobot.answers") for event in own}
+
+    def own_membership(self, event: Any) -> str:
+        """Return the membership that an event gives the bot, "" if it does not change that."""
+        before, now = [
+            part(event, str, *path, "membership")
+            for path in (("unsigned", "prev_content"), ("content",))
+        ]
+        is_own = part(event, str, "state_key") == self.client.user_id
+        return str(now) if is_own and now != before else ""
 
 
 async def reply_content(event: RoomMessageText) -> JSON | None:
     """Return the content of what reply_to answers an event with, in that event's thread."""
-    try:
-        async with asyncio.timeout(REPLY_TIMEOUT):
-            text = await reply_to(event)
-    except (SystemExit, asyncio.CancelledError) as end:  # Like all that it raises: one reply less.
-        raise RuntimeError(type(end).__name__).with_traceback(end.__traceback__) from None
-    if text is None:
+    async with asyncio.timeout(REPLY_TIMEOUT):
+        reply = await reply_to(event)
+    if reply is None:
         return None
-    # A lone surrogate can't be sent. Without m.mentions a body with @room would ping everybody.
-    text = text.encode(errors="replace").decode()
-    content: JSON = {"msgtype": "m.text", "body": text, "m.mentions": {}}
+    content: JSON = {"m.mentions": {}}  # Without it a body with @room would ping everybody.
     match event.source["content"].get("m.relates_to"):
         case {"rel_type": "m.thread", "event_id": str(root)} if root.isprintable():
             thread = {"rel_type": "m.thread", "event_id": root, "is_falling_back": True}
             content["m.relates_to"] = {**thread, "m.in_reply_to": {"event_id": event.event_id}}
-    return content
+    content |= {"msgtype": "m.text", "body": reply} if isinstance(reply, str) else reply
+    # A lone surrogate can't be sent.
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False).encode(errors="replace")
+    return dict(json.loads(text))
 
 
 class Failure(Exception):
-    """A request that failed, and why, quoting no message; `refusal`: the homeserver's 4xx, or 0."""
+    """A request that failed; its text says why and quotes no message."""
 
-    def __init__(self, cause: str, status: int = 0, content: Any = None, headers: Any = None):
-        errcode, reason = part(content, str, "errcode"), part(content, str, "error")
-        said = "".join(c if c.isprintable() else " " for c in f" {errcode} ({reason[:200]})")
-        super().__init__(cause + said if errcode else cause or "no answer in time")
-        told, ms = (headers or {}).get("Retry-After", ""), part(content, int, "retry_after_ms")
-        seconds = min(ms, 10**6) / 1000 or int(told[:9] if told.isdecimal() else 0)  # ms is exact
-        self.retry_after = min(max(seconds, 0.5), 2 * MAX_WAIT) if status == 429 else 0
-        is_awaited = self.retry_after or (status in (401, 403) and errcode in BLOCKED)
-        is_refusal = errcode and 400 <= status < 500 and not is_awaited
-        self.status, self.refusal = status, status if is_refusal else 0
-        patience = {0: PATIENCE, 400: 0, 401: PATIENCE, 413: 0}.get(self.refusal, REFUSAL_PATIENCE)
-        self.patience = LONG_PATIENCE if is_awaited else patience  # s that a room may fail so
+    status = 0  # HTTP, 0 without an answer
+    errcode = ""  # of a homeserver: what stands before one has none
+    retry_after = 0.0  # s
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it is a limit, or an account that a person has to mend."""
+        return self.status == 429 or (self.status in (401, 403) and self.errcode in BLOCKED)
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the homeserver says no."""
+        return self.errcode != "" and 400 <= self.status < 500 and not self.is_awaited
+
+
+def failure_of(status: int, content: Any, headers: Any) -> Failure:
+    """Return what an answer that is no success says, in the homeserver's own words."""
+    errcode, error = part(content, str, "errcode"), part(content, str, "error")
+    cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
+    failure = Failure("".join(c if c.isprintable() else " " for c in cause))
+    failure.status, failure.errcode = status, errcode
+    told = headers.get("Retry-After", "")
+    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000  # is exact
+    if not seconds and told.isdecimal():
+        seconds = int(told[:9])
+    with suppress(ValueError, TypeError):  # It is a date, by the server's clock: ours may be wrong.
+        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
+        seconds = (until - now).total_seconds()
+    failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
+    return failure
 
 
 class Client(AsyncClient):
@@ -308,19 +529,28 @@ class Client(AsyncClient):
         self.state, device = state, part(state.session, str, "device_id") or DEVICE_ID
         token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
         self.restore_login(user, device, token)
-        self.in_turn, self.sync_failed_at = asyncio.Lock(), 0.0  # after a 429; monotonic s
-        self.timeout = random.randrange(1, SYNC_TIMEOUT)  # ms: or Synapse repeats an old response
+        self.inviters = setting("MATRIX_INVITERS", "*").replace(",", " ").split()
+        if not all(re.fullmatch("""(?=.*[:*])[@*?[][^@;'"]*""", i) for i in self.inviters or ["-"]):
+            stop(78, "MATRIX_INVITERS must have user IDs, like @me:example.org @*:example.com")
+        self.slots = asyncio.Semaphore(MAX_BUSY)
+        self.limited = 0  # requests that wait after a 429
+        self.hold = random.randrange(1, 1000)  # ms, another each time: a failure may be cached
+        self.synced_at, self.synced_for = 0.0, 0.0  # monotonic s, s
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
-        timeout = aiohttp.ClientTimeout(PATIENCE, connect=MAX_WAIT, sock_read=MAX_WAIT)
-        self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+        connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
+        self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
     def use(self, homeserver: str) -> None:
         """Send requests to this base URL, through the proxy that the environment names for it."""
-        url = re.match(r"(https?)://([\w.-]+|\[[\da-f:.]+])(:[1-6]?\d{1,4})?(/|$)", homeserver)
+        host = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[1-6]?\d{1,4})?"
+        url = re.fullmatch(rf"(https?)://{host}(/[^?#]*)?", homeserver)
         if not url:
             stop(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
-        self.homeserver = homeserver.rstrip("/")
-        self.http_proxy = None if proxy_bypass(url[2]) else getproxies().get(url[1])
+        self.homeserver, proxies = homeserver.rstrip("/"), getproxies()
+        proxy = "" if proxy_bypass(url[2]) else proxies.get(url[1]) or proxies.get("all", "")
+        self.http_proxy = re.sub("^(?!.*://)(?=.)", "http://", proxy) or None
+        if proxy and not re.fullmatch(rf"https?://([^@/]*@)?{host}/?", str(self.http_proxy)):
+            stop(78, f"{url[1].upper()}_PROXY (or ALL_PROXY) is not like http://proxy.example:3128")
 
     async def discover(self) -> str:
         """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
@@ -329,27 +559,9 @@ class Client(AsyncClient):
         try:
             return str(part(await self.discovery_info(), str, "m.homeserver", "base_url") or last)
         except Failure as failure:
-            if failure.status != 404 and not last:
+            if not last and failure.status != 404:
                 raise
-            return f"https://{name}" if failure.status == 404 else str(last)
-
-    async def poll(self) -> Any:
-        """Return what came after next_batch; without one, the position of now and invitations."""
-        notify("WATCHDOG=1")
-        room = {"timeline": MESSAGES if self.next_batch else NOTHING, "ephemeral": NOTHING}
-        # Without lazy_load_members Synapse leaves out a room that it has joined only in part.
-        room |= {"account_data": NOTHING, "state": {**NOTHING, "lazy_load_members": True}}
-        sync_filter = {"room": room, "presence": NOTHING, "account_data": NOTHING}
-        try:
-            return await self.sync(self.timeout, sync_filter, self.next_batch)
-        except Failure as failure:
-            self.sync_failed_at = time.monotonic()
-            if failure.refusal == 400 and self.next_batch:
-                log.error("next_batch is refused (%s): starting from now instead", failure)
-                self.next_batch = ""
-            if failure.refusal == 401:  # Only here: other requests are repeated with the new token.
-                await self.log_in()
-            raise
+            return str(last) or f"https://{name}"
 
     async def log_in(self) -> None:
         """Log in, on the same device as before; end the process if that is refused."""
@@ -357,7 +569,9 @@ class Client(AsyncClient):
         try:
             found: Any = await (self.whoami() if token else self.login(password))
         except Failure as failure:
-            if failure.refusal:
+            if failure.is_refusal and failure.status in (404, 405):
+                stop(78, f"{self.homeserver} has no login ({failure}): check MATRIX_HOMESERVER")
+            if failure.is_refusal:
                 check = f"MATRIX_USER and MATRIX_{'ACCESS_TOKEN' if token else 'PASSWORD'}"
                 stop(77, f"{self.homeserver} refuses {self.user}: {failure}; check {check}")
             raise
@@ -366,34 +580,70 @@ class Client(AsyncClient):
         device = part(found, str, "device_id") or str(self.device_id)
         new_token = found.get("access_token", "")  # One that was given is not saved.
         self.restore_login(self.user, device, token or new_token)
-        if not self.state.next_batch:  # What is there is empty, or of another user.
-            (self.state.directory / "next_batch").unlink(missing_ok=True)
         self.state.save_session(user_id=self.user, device_id=device, access_token=new_token)
 
-    async def persist(self, request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
-        """Repeat a request until it succeeds and return its response; None if the room gives up."""
-        delay, cause = 0.25, ""
+    async def poll(self, since: str) -> Any:
+        """Return what came after a position; without one, the position of now and invitations."""
+        hold, self.hold = self.hold, random.randrange(1, 1000)
+        try:
+            response: Any = await self.sync(hold, sync_filter(since), since)
+        except Failure as failure:
+            if failure.is_refusal and failure.status == 401:
+                await self.log_in()  # Only here: others are repeated with the new token.
+            raise
+        now = time.monotonic()
+        if not self.synced_at:
+            notify("READY=1")
+        else:
+            self.synced_for += min(now - self.synced_at, SYNC_TIMEOUT / 1000)
+        self.synced_at, self.hold = now, SYNC_TIMEOUT
+        return response
+
+    async def persist(
+        self,
+        request: Callable[[], Any],
+        what: str,
+        gives_up: Callable[[Failure, float], bool] = lambda failure, seconds: False,
+    ) -> Any:
+        """Repeat a request until it succeeds; return its response, or None if it is given up.
+
+        `gives_up` is asked after each failure; it has been the same one for so many s.
+        """
+        delay, time_limit, cause, changed_at = 0.25, MAX_DELAY, "", 0.0
         while True:
+            began = time.monotonic()
             try:
-                response = await request()
-                if room:
-                    room.failing_since.clear()
+                async with asyncio.timeout(time_limit):
+                    response = await request()
                 if cause:
                     log.info("No more trouble with %s", what)
                 return response
-            except Failure as failure:
-                if room and room.gives_up(failure):
-                    room.failing_since = {failure.patience: 0.0}  # The next gets one attempt.
-                    log.warning("Gave up on %s: %s", what, failure)
-                    return None
-                if str(failure) != cause:
-                    cause = str(failure)
-                    level = logging.INFO if failure.retry_after else logging.WARNING
-                    log.log(level, "Trouble with %s: %s; trying again", what, cause)
-                # In turn if it is short, or all that are limited would ask for each free slot.
-                async with self.in_turn if room and 0 < failure.retry_after <= 5 else nullcontext():
-                    await asyncio.sleep(failure.retry_after or delay * random.uniform(0.5, 1))
-                delay = min(2 * delay, MAX_WAIT)
+            except TimeoutError:
+                failure = Failure(f"Timeout after {time_limit} s")
+                time_limit = min(2 * time_limit, PATIENCE)
+            except Failure as error:
+                failure = error
+            if str(failure) != cause:
+                cause, changed_at = str(failure), time.monotonic()
+                level = logging.INFO if failure.status == 429 else logging.WARNING
+                log.log(level, "Trouble with %s: %s; trying again", what, cause)
+            if gives_up(failure, time.monotonic() - changed_at):
+                log.warning("Gave up on %s: %s", what, failure)
+                return None
+            if time.monotonic() - began > 5:
+                delay = 0.25  # It has waited already.
+            await self.pause(failure, delay * random.uniform(0.5, 1))
+            delay = min(2 * delay, MAX_DELAY)
+
+    async def pause(self, failure: Failure, delay: float) -> None:
+        """Sleep for as long as the homeserver says, or so many s; those that it limits, in turn."""
+        is_limit = failure.status == 429
+        self.limited += is_limit
+        try:
+            told = failure.retry_after * max(1, self.limited * is_limit)
+            await asyncio.sleep(min(told, 2 * MAX_DELAY) or delay)
+        finally:
+            self.limited -= is_limit
 
     async def _send(
         self, response_class: Any, method: str, path: str, data: Any = None, *_: Any, **__: Any
@@ -416,38 +666,50 @@ class Client(AsyncClient):
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode(errors="replace"))
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
-        is_complete = not key or isinstance(part(content, dict).get(key), list | str)
+        is_complete = not key or part(content, str, key) or key == "chunk" in part(content, dict)
         if response.status == 200 and isinstance(content, dict) and is_complete:
             return content
-        raise Failure(f"HTTP {response.status}", response.status, content, response.headers)
+        raise failure_of(response.status, content, response.headers)
 
 
 class State:
     """The state directory: next_batch and session.json, which hold the old or the new, whole."""
 
     def __init__(self, directory: Path, user: str) -> None:
-        self.directory, saved = directory, None
-        self.next_batch = ""  # the last position up to which all is done
-        self.complain = cache(log.error)  # once of the same, until it is mended
+        self.directory, self.unsaved = directory, set[str]()  # names of files
+        text, saved = "", None
         try:
             self.descriptor = os.open(directory, os.O_RDONLY)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends
-            (directory / "next_batch.tmp").touch(0o600)  # To fail now, not at a save.
+            self.lock = (directory / "echobot.lock").open("a")  # until the process ends
             with suppress(FileNotFoundError):
-                self.next_batch = (directory / "next_batch").read_text(errors="replace").strip()
+                text = (directory / "next_batch").read_text(errors="replace")
             with suppress(FileNotFoundError, ValueError):
                 saved = json.loads((directory / "session.json").read_bytes())
+        except OSError as error:
+            stop(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             stop(75, f"another copy is running on {directory}: stop it first")
         except OSError as error:
-            stop(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
+            log.warning("Can't lock %s (%s): start no other copy on it", directory, error.strerror)
         owner = part(saved, str, "user_id")
         if owner not in ("", user):
             log.warning("Not using the state of %s", owner)
-            self.next_batch, saved = "", None
-        elif owner and not self.next_batch:
+            text, saved = "", None
+            # Or it would seem to be ours as soon as our login is saved.
+            (directory / "next_batch").unlink(missing_ok=True)
+        elif owner and not text.strip():
             log.error("next_batch is missing or empty: starting from now instead")
-        self.session: JSON = part(saved, dict)  # and "gaps": {since: {room ID: answered up to}}
+        self.session: JSON = part(saved, dict)
+        self.next_batch, *lines = [line.strip() for line in text.split("\n")]
+        rooms = [line.partition(" ") for line in lines if line.startswith("!")]
+        self.behind = {room_id: position for room_id, _, position in rooms}
+
+    def save_position(self, next_batch: str, behind: dict[str, str]) -> None:
+        """Save up to where all is done, and from where each room that is behind is to be read."""
+        lines = [f"{room_id} {position}" for room_id, position in behind.items()]
+        self.save("next_batch", "\n".join([next_batch, *lines]))
 
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
@@ -458,9 +720,11 @@ class State:
         """Replace a file, or say once that it can't be done: answering does not depend on it."""
         try:
             self.replace(self.directory / name, text)
-            self.complain.cache_clear()
+            self.unsaved.discard(name)
         except OSError as error:
-            self.complain("Can't save %s: %s; answering goes on", name, error.strerror)
+            if name not in self.unsaved:
+                log.error("Can't save %s: %s; answering goes on", name, error.strerror)
+            self.unsaved.add(name)
 
     def replace(self, path: Path, text: str) -> None:
         """Replace a file; after a crash it holds either the old text or the new one, whole."""
@@ -470,13 +734,14 @@ class State:
         with temporary.open() as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        os.fsync(self.descriptor)
+        with suppress(OSError):  # Not every file system can.
+            os.fsync(self.descriptor)
 
-    async def save_after(self, tasks: list[asyncio.Task[None]], next_batch: str) -> None:
-        """Save a position once all that it stands for is done."""
-        await asyncio.gather(*tasks)
-        self.next_batch = next_batch
-        await asyncio.to_thread(self.save, "next_batch", next_batch)
+
+def by_id(events: list[Any]) -> dict[str, JSON]:
+    """Return events by event ID: none without one, and those that can't matter without content."""
+    ids = [(part(event, str, "event_id"), event) for event in events]
+    return {i: event if part(event, str, "type") in TYPES else {} for i, event in ids if i}
 
 
 def part(whole: Any, kind: type, *path: str) -> Any:
@@ -490,6 +755,7 @@ def notify(state: str) -> None:
     """Tell systemd the state of the service, if it asked for it (see sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+            unix.setblocking(False)  # Nobody may read it.
             unix.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
