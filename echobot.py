@@ -41,12 +41,12 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
@@ -60,16 +60,14 @@ ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encry
 DEVICE_ID = "ECHOBOT"  # always the same: Synapse remembers transaction IDs for the device
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 INTERVAL = 0.5  # s between two polls that bring nothing new, and that a poll may wait for replies
-MAX_DELAY = 60  # s between two attempts, twice that if told so
+MIN_DELAY, MAX_DELAY = 0.25, 60  # s between two attempts, at most twice that if told so
 PATIENCE = 600  # s that a room may fail while syncs succeed, and that one attempt may take
-POSITION_PATIENCE = 60  # s that the position of a sync may be refused
 REPLY_TIMEOUT = 600  # s that reply_to may take
-MAX_BUSY = 500  # rooms that are answered at a time; often only 1,024 files may be open
-PAGE = 100  # events in a timeline or a page, as many as any homeserver gives
+POSITION_PATIENCE = 60  # s that the position of a sync may be refused
+MAX_BUSY = 500  # rooms that are answered at a time: often only 1,024 files may be open
+MAX_KEPT = 1000  # events of a room: those that wait, and the IDs of those answered last
 MAX_EMPTY_PAGES = 600  # in a row, which take about a second each
-MAX_KEPT = 1000  # events of a room: answered ones whose IDs are remembered, and waiting ones
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
-TYPES = ["m.room.message", "m.room.encrypted", "m.room.member"]
 # What a success has, by the names of nio's responses.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
@@ -105,9 +103,8 @@ async def main() -> None:
     level = logging.getLevelNamesMapping().get(setting("LOG_LEVEL", "INFO").upper())
     log.setLevel(level or stop(78, "set LOG_LEVEL to DEBUG, INFO, WARNING or ERROR"))
     user, token = setting("MATRIX_USER"), setting("MATRIX_ACCESS_TOKEN")
-    secret = "" if token or setting("MATRIX_PASSWORD") else "MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN"
-    if missing := [name for name in ("" if user else "MATRIX_USER", secret) if name]:
-        stop(78, f"{' and '.join(missing)} must be set; see --help")
+    if not user or not (token or setting("MATRIX_PASSWORD")):
+        stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
     if not re.fullmatch(r"@[^\s:]*:([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?", user):
         stop(78, f"MATRIX_USER is {user}, but must be a full user ID, like @bot:example.org")
     state = State(Path(setting("STATE_DIRECTORY", ".")), user)
@@ -118,7 +115,7 @@ async def main() -> None:
         await client.persist(client.log_in, f"the login at {client.homeserver}")
     state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
-    await start(sync_forever(client, state))
+    await guarded(sync_forever(client, state))
 
 
 def setting(name: str, default: str = "") -> str:
@@ -137,66 +134,62 @@ def stop(status: int, reason: str) -> NoReturn:
     os._exit(status)
 
 
-def start(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """Run work beside all else; a bug in it that is not of a single event ends the process."""
-
-    def end_on_bug(task: asyncio.Task[Any]) -> None:
-        if not task.cancelled() and (bug := task.exception()):
-            traceback.print_exception(bug)
-            stop(1, "a bug, as shown above")
-
-    task = asyncio.create_task(work)
-    task.add_done_callback(end_on_bug)
-    return task
+async def guarded(work: Awaitable[Any]) -> Any:
+    """Return what work does; a bug in it, outside of a single event, ends the process."""
+    try:
+        return await work
+    except Exception:
+        traceback.print_exc()
+        stop(1, "ended by a bug")
 
 
 async def sync_forever(client: "Client", state: "State") -> None:
     """Hand what each sync response brings to its rooms, save what is done, and poll on."""
-    rooms = Rooms(client)
-    for room_id, position in state.behind.items():
-        rooms[room_id].unread = Unread(position)
-    polling = start(poll(client, state.next_batch))
-    beside = start(resume(client, rooms, state.next_batch))
+    next_batch, older = state.next_batch, None
+    rooms = {i: Room(client, i, since, next_batch) for i, since in state.behind.items()}
+    for room in rooms.values():
+        room.catch_up()
     while True:
         began = time.monotonic()
+        request = client.persist(partial(client.poll, next_batch), "the sync")
+        polling = asyncio.create_task(guarded(request))
+        if next_batch:
+            behind = {i: room.since for i, room in rooms.items() if room.since is not None}
+            await asyncio.to_thread(state.save_position, next_batch, behind)
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=MAX_DELAY)
-        since, response = polling.result()
-        answering = rooms.receive(response, since)
+        response = polling.result()
+        next_batch, since = response["next_batch"], response["since"]
+        answering = receive(response, since, rooms, client)
+        older = older or asyncio.create_task(guarded(follow_older(rooms, client)))
         # Neither too far ahead of the replies, nor in a rush if there is nothing new.
         if answering:
             await asyncio.wait(answering, timeout=INTERVAL)
-        elif since and beside:
+        elif since:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
-        polling = start(poll(client, response["next_batch"]))
-        await asyncio.to_thread(state.save_position, response["next_batch"], rooms.behind())
 
 
-async def poll(client: "Client", since: str) -> tuple[str, JSON]:
-    """Return a position and the sync response that follows it: `since`, or "" if that is lost."""
+def receive(
+    response: JSON, since: str, rooms: dict[str, "Room"], client: "Client"
+) -> list[asyncio.Task[None]]:
+    """Hand each room its part of a sync response; return the tasks that answer what is new."""
+    joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
+    for room_id in {*joined, *invited} - rooms.keys():
+        rooms[room_id] = Room(client, room_id)
+    for room_id, room in rooms.items():
+        room.invite(invited.get(room_id), since)
+    if not since:
+        return []  # Timelines are history, if they are there: not every homeserver heeds a filter.
+    tasks = [rooms[i].receive(joined[i], since, response["next_batch"]) for i in joined]
+    return [task for task in tasks if task]
 
-    def is_lost(failure: "Failure", seconds: float) -> bool:
-        is_refused = failure.is_refusal and failure.status in (400, 404)
-        return since != "" and is_refused and seconds >= POSITION_PATIENCE
 
-    if response := await client.persist(lambda: client.poll(since), "the sync", is_lost):
-        return since, response
-    log.error("next_batch %s is refused, what came since is lost: starting from now", since)
-    return "", await client.persist(lambda: client.poll(""), "the sync")
-
-
-async def resume(client: "Client", rooms: "Rooms", position: str) -> None:
-    """Go on in rooms that owe replies, and accept invitations of which no later sync tells."""
-    if rooms:
-        joined = await client.persist(client.joined_rooms, "the list of rooms")
-        for room_id in rooms.keys() & set(part(joined, list, "joined_rooms")):
-            rooms[room_id].catch_up(position)
-    if position:
-        response = await client.persist(
-            lambda: client.sync(1, sync_filter("")), "the sync for older invitations"
-        )
-        rooms.follow(part(response, dict, "rooms", "invite"), position)
+async def follow_older(rooms: dict[str, "Room"], client: "Client") -> None:
+    """Accept invitations from before the saved position: only a sync without one tells of them."""
+    hold = random.randrange(1, 1000)  # ms: or Synapse may repeat what it told the life before
+    request = partial(client.sync, hold, sync_filter(""))
+    receive(await client.persist(request, "the sync for older invitations"), "", rooms, client)
 
 
 def sync_filter(since: str) -> JSON:
@@ -206,98 +199,74 @@ def sync_filter(since: str) -> JSON:
     if since:
         # Of all types, or Dendrite changes the order; and with lazy_load_members, or Synapse
         # leaves out a room that it has joined only in part.
-        room |= {"timeline": {"limit": PAGE}, "state": {**nothing, "lazy_load_members": True}}
+        room |= {"timeline": {"limit": 1000}, "state": {**nothing, "lazy_load_members": True}}
     return {"room": room, "presence": nothing, "account_data": nothing}
-
-
-class Rooms(dict[str, "Room"]):
-    """The rooms that this life has heard of, by room ID."""
-
-    def __init__(self, client: "Client") -> None:
-        self.client = client
-
-    def __missing__(self, room_id: str) -> "Room":
-        """Make a room that is heard of for the first time."""
-        room = self[room_id] = Room(self.client, room_id)
-        return room
-
-    def receive(self, response: JSON, since: str) -> list[asyncio.Task[None]]:
-        """Hand each room its part of a sync response; return the tasks that answer what is new."""
-        joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
-        for room_id, room in self.items():
-            room.is_told &= room_id in invited
-        self.follow(invited, since)
-        # Not every homeserver heeds the filter: without a position timelines are history.
-        tasks = [self[i].receive(joined[i], since, response["next_batch"]) for i in joined if since]
-        return [task for task in tasks if task]
-
-    def follow(self, invited: JSON, since: str) -> None:
-        """Have rooms accept new invitations, which came after a position ("": not known)."""
-        for room_id in invited:
-            if not self[room_id].is_told:
-                self[room_id].invite(invited[room_id], since)
-
-    def behind(self) -> dict[str, str]:
-        """Return the position to read each room from again that owes replies."""
-        owed = {room_id: room.doing or room.unread for room_id, room in self.items()}
-        return {room_id: unread.since for room_id, unread in owed.items() if unread}
-
-
-@dataclass
-class Unread:
-    """What came of a room after a position and is not answered yet."""
-
-    since: str  # "" if not known: it is read back to the invitation
-    upto: str = ""  # the next_batch that it ends at; "" while there is only an invitation
-    is_limited: bool = True  # Some of it is not in `events`.
-    events: dict[str, JSON] = field(default_factory=dict)  # by event ID, oldest first
 
 
 class Room:
     """A room, and what is remembered of it until the process ends."""
 
-    def __init__(self, client: "Client", room_id: str) -> None:
+    def __init__(self, client: "Client", room_id: str, since: str | None = None, upto: str = ""):
         self.client, self.room_id = client, room_id
-        self.doing: Unread | None = None  # what is being answered
-        self.unread: Unread | None = None  # what comes after that
+        self.since = since  # the position that it is answered up to; None: the newest one
+        self.upto = upto  # the position that it is to be answered up to, "" if it is
+        self.timeline: dict[str, JSON] = {}  # what came up to there, by event ID, oldest first
+        self.is_whole = False  # Nothing is missing in the timeline.
+        self.is_invited = self.is_told = False  # Some homeservers tell it in every response.
         self.answering: asyncio.Task[None] | None = None
         self.joining: asyncio.Task[None] | None = None
         self.answered: dict[str, None] = {}  # event IDs, as later timelines may repeat them
+        self.tried = ""  # the last transaction ID
         self.failing_since: float | None = None  # s of successful syncs
-        self.is_told = False  # of its invitation: some homeservers do so in every response
         self.has_notice = False  # that it is encrypted
 
     def receive(self, joined: JSON, since: str, next_batch: str) -> asyncio.Task[None] | None:
-        """Take in a timeline; return the task that answers it, or None if nothing is new."""
+        """Return the task that answers what a sync response has of the room, if that is new."""
         events = by_id(part(joined, list, "timeline", "events"))
         is_limited = part(joined, bool, "timeline", "limited")
-        unread = self.unread or Unread(since, is_limited=False)
-        is_new = events.keys() - self.answered.keys() - unread.events.keys()
+        is_new = events.keys() - self.answered.keys() - self.timeline.keys()
         if not is_new and (events or not is_limited):
             return None
+        if self.since is None:
+            self.since, self.is_whole = since, True
         # The first timeline after a join may reach into the time before.
         is_limited |= any(self.own_membership(event) == "join" for event in events.values())
-        if is_limited or len(unread.events) > MAX_KEPT:
-            unread.is_limited, unread.events = True, {}
-        unread.events |= events
-        self.unread = unread
-        return self.catch_up(next_batch)
+        if is_limited or len(self.timeline) > MAX_KEPT:
+            self.timeline, self.is_whole = {}, False
+        self.timeline |= events
+        self.upto, self.is_invited = next_batch, False
+        return self.catch_up()
 
-    def catch_up(self, position: str) -> asyncio.Task[None]:
-        """Return the task that answers what is unread up to a position."""
-        if self.unread:
-            self.unread.upto = position
+    def catch_up(self) -> asyncio.Task[None]:
+        """Return the task that answers what is unread."""
         if not self.answering or self.answering.done():
-            self.answering = start(self.answer_unread())
+            self.answering = asyncio.create_task(guarded(self.answer_unread()))
         return self.answering
 
-    def invite(self, invited: JSON, since: str) -> None:
-        """Follow an invitation that came after a position, and no earlier one any more."""
-        self.is_told = True
-        self.unread = self.unread or Unread(since)
-        if self.joining:
-            self.joining.cancel()
-        self.joining = start(self.accept(invited))
+    async def answer_unread(self) -> None:
+        """Answer what is unread, and what comes meanwhile."""
+        while self.upto:
+            upto, timeline, is_whole = self.upto, self.timeline, self.is_whole
+            self.upto, self.timeline, self.is_whole = "", {}, True
+            async with self.client.slots:
+                events = timeline if is_whole else await self.read_back(upto, timeline)
+                await self.answer_events(events or {})
+            if events is None:  # It can't be read until it is joined.
+                self.is_whole, self.is_invited = False, True
+            else:
+                self.since = upto
+        if not self.is_invited:
+            self.since = None
+
+    def invite(self, invited: Any, since: str) -> None:
+        """Follow an invitation that came after a position, unless it was told already."""
+        if invited and not self.is_told:
+            self.since = since if self.since is None else self.since
+            self.is_whole, self.is_invited = False, True
+            if self.joining:
+                self.joining.cancel()  # It followed an earlier one.
+            self.joining = asyncio.create_task(guarded(self.accept(invited)))
+        self.is_told = bool(invited)
 
     async def accept(self, invited: JSON) -> None:
         """Join the room, whose next timeline is read back to the invitation, or reject that."""
@@ -306,48 +275,35 @@ class Room:
         senders = [part(event, str, "sender") for event in events if self.own_membership(event)]
         inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
         if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
-            await self.persist(lambda: client.room_leave(room_id), f"leaving {room_id}")
+            await client.persist(lambda: client.room_leave(room_id), f"leaving {room_id}", self)
             log.info("Did not follow the invitation of %s to %s", inviter, room_id)
-        elif await self.persist(lambda: client.join(room_id), f"joining {room_id}"):
+        elif await client.persist(lambda: client.join(room_id), f"joining {room_id}", self):
             log.info("Joined %s, invited by %s", room_id, inviter)
             self.is_told = False  # The next one is another.
             return
-        if self.unread and not self.unread.upto:
-            self.unread = None
+        self.is_invited = False
+        if not self.answering or self.answering.done():
+            self.since = None
 
-    async def persist(self, request: Callable[[], Any], what: str) -> Any:
-        """Repeat a request of this room; return its response, or None if the room gives up."""
-        response = await self.client.persist(request, what, self.gives_up)
-        if response is not None:
-            self.failing_since = None
-        return response
-
-    def gives_up(self, failure: "Failure", _: float) -> bool:
+    def gives_up(self, failure: "Failure") -> bool:
         """Tell whether it is the message's own fault, or the room has failed for too long."""
         if failure.is_awaited:
             return False
-        if failure.is_refusal and failure.status in (400, 413):
+        if failure.refusal in (400, 413):
             return True
         if self.failing_since is None:
             self.failing_since = self.client.synced_for
         # What is given up stays so: one attempt for each request, until one succeeds.
         return self.client.synced_for - self.failing_since >= PATIENCE
 
-    async def answer_unread(self) -> None:
-        """Answer what is unread, until no more than an invitation is."""
-        while self.unread and self.unread.upto:
-            self.doing, self.unread = self.unread, None
-            async with self.client.slots:
-                is_limited = self.doing.is_limited
-                events = await self.read_back(self.doing) if is_limited else self.doing.events
-                await self.answer_events(events)
-            self.doing = None
+    async def read_back(self, upto: str, timeline: dict[str, JSON]) -> dict[str, JSON] | None:
+        """Return what came between `since` and a position, oldest first; None if nothing is there.
 
-    async def read_back(self, unread: Unread) -> dict[str, JSON]:
-        """Return what came after a position, oldest first, wherever its place in the room is."""
-        known = await self.known_at(unread.since)
+        What comes late from other homeservers has its place among what was known before.
+        """
+        known = await self.known_at(self.since or "")
         border, read = set(known), dict[str, JSON]()  # newest first
-        async for chunk in self.pages(unread):
+        async for chunk in self.pages(upto, timeline):
             read |= chunk
             if not known:  # All is done up to the invitation, or to what has a reply.
                 own = [i for i, e in chunk.items() if self.own_membership(e) == "invite"]
@@ -358,25 +314,27 @@ class Room:
         newest_first = list(read)[: max(ends, default=len(read))]
         events = {i: read[i] for i in reversed(newest_first) if i not in known}
         # Where a homeserver's worker lags, the end of the timeline is not in its pages.
-        ends = [n for n, event_id in enumerate(unread.events, 1) if event_id in read]
-        return events | dict(list(unread.events.items())[max(ends, default=0) :])
+        ends = [n for n, event_id in enumerate(timeline, 1) if event_id in read]
+        events |= dict(list(timeline.items())[max(ends, default=0) :])
+        return events if read else events or None
 
     async def known_at(self, position: str) -> list[str]:
         """Return the newest event IDs at a position, newest first; none if not in the room then."""
         # One alone first: Synapse fills up a page from other homeservers, with what seems old.
         newest, _ = await self.page(position, 1) if position else ({}, "")
+        chunk, _ = await self.page(position, 100) if newest else ({}, "")
+        ids = list(chunk)
         for event_id, event in newest.items():
-            if part(event, str, "unsigned", "membership") in ("", "join"):
-                ids = [event_id, *(await self.page(position, PAGE))[0]]
-                return ids[1 + ids[1:].index(event_id) :] if event_id in ids[1:] else ids[:1]
+            if event_id in ids and part(event, str, "unsigned", "membership") in ("", "join"):
+                return ids[ids.index(event_id) :]
         return []
 
-    async def pages(self, unread: Unread) -> AsyncIterator[dict[str, JSON]]:
-        """Yield events by pages, newest first, from the end of what is unread."""
-        start, read, empty, lags = unread.upto, {""}, 0, 0
+    async def pages(self, start: str, timeline: dict[str, JSON]) -> AsyncIterator[dict[str, JSON]]:
+        """Yield events by pages, newest first, from a position that a timeline reaches up to."""
+        read, empty, lags = {""}, 0, 0
         while start not in read and empty < MAX_EMPTY_PAGES:
-            chunk, end = await self.page(start, PAGE)
-            if len(read) == 1 and unread.events and not chunk.keys() & unread.events and lags < 5:
+            chunk, end = await self.page(start, 100)
+            if len(read) == 1 and timeline and not chunk.keys() & timeline and lags < 5:
                 lags += 1  # There is a hole before the timeline: a homeserver's worker lags.
                 await asyncio.sleep(lags)
                 continue
@@ -388,10 +346,8 @@ class Room:
     async def page(self, start: str, limit: int) -> tuple[dict[str, JSON], str]:
         """Return events before a position, newest first, and the position before them."""
         client, back = self.client, MessageDirection.back
-        page = await self.persist(
-            lambda: client.room_messages(self.room_id, start, None, back, limit),
-            f"reading {self.room_id}",
-        )
+        request = partial(client.room_messages, self.room_id, start, None, back, limit)
+        page = await client.persist(request, f"reading {self.room_id}", self)
         return by_id(part(page, list, "chunk")), part(page, str, "end")
 
     async def answer_events(self, events: dict[str, JSON]) -> None:
@@ -405,8 +361,6 @@ class Room:
             then = part(event, str, "unsigned", "membership") or membership
             is_new = event_id not in replied and event_id not in self.answered
             self.answered[event_id] = None
-            if len(self.answered) > MAX_KEPT:
-                del self.answered[next(iter(self.answered))]
             try:
                 if is_new and then in ("invite", "join"):
                     await self.answer(event_id, event)
@@ -414,12 +368,11 @@ class Room:
                 # Without its text, which may quote the message.
                 frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
                 log.error("Passed over %s in %s:\n%s", event_id, self.room_id, frames)
+        self.answered = dict.fromkeys(list(self.answered)[-MAX_KEPT:])
 
     async def answer(self, event_id: str, event: JSON) -> None:
         """Answer an event if it calls for it, and return once the reply is acknowledged."""
-        # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
-        tx_id = quote(event_id, safe="!$:", errors="replace").replace("%", "~")
-        content: JSON | None = None
+        content, name = None, event_id
         match event:
             case {"sender": self.client.user_id} | {"unsigned": {"redacted_because": _}}:
                 return
@@ -429,30 +382,28 @@ class Room:
                 self.has_notice = True
                 log.warning("%s is encrypted: its messages can't be read", self.room_id)
                 content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-                tx_id = f"encrypted{self.room_id}"
+                name = "encrypted"  # so that the homeserver drops a second one
             case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
                 style = event["content"].get("formatted_body"), event["content"].get("format")
                 source = {**event, "room_id": self.room_id}
                 content = await reply_content(RoomMessageText(source, body, *style))
         if content:
-            await self.send({**content, "echobot.answers": event_id}, tx_id)
+            # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
+            tx_id = quote(name, safe="!$:", errors="replace").replace("%", "~")
+            request = partial(self.send, {**content, "echobot.answers": event_id}, tx_id)
+            what = f"the reply to {event_id} in {self.room_id}"
+            if await self.client.persist(request, what, self):
+                log.info("Answered %s in %s", event_id, self.room_id)
 
-    async def send(self, content: JSON, tx_id: str) -> None:
-        """Send a reply; before it is sent again, look whether it is there in spite of a failure."""
-        client, room_id, event_id = self.client, self.room_id, content["echobot.answers"]
-        is_again = False
-
-        async def request() -> Any:
-            nonlocal is_again
-            if is_again:
-                page = await client.room_messages(room_id, "", limit=PAGE)
-                if event_id in self.replied(by_id(part(page, list, "chunk"))):
-                    return page
-            is_again = True
-            return await client.room_send(room_id, "m.room.message", content, tx_id)
-
-        if await self.persist(request, f"the reply to {event_id} in {room_id}"):
-            log.info("Answered %s in %s", event_id, room_id)
+    async def send(self, content: JSON, tx_id: str) -> Any:
+        """Send a reply, unless an attempt before was successful in spite of a failure."""
+        client, room_id = self.client, self.room_id
+        if self.tried == tx_id:
+            page: Any = await client.room_messages(room_id, "", limit=100)
+            if content["echobot.answers"] in self.replied(by_id(part(page, list, "chunk"))):
+                return page
+        self.tried = tx_id
+        return await client.room_send(room_id, "m.room.message", content, tx_id)
 
     def replied(self, events: dict[str, JSON]) -> set[str]:
         """Return the IDs of the events that the bot's own messages among these answer."""
@@ -461,10 +412,8 @@ class Room:
 
     def own_membership(self, event: Any) -> str:
         """Return the membership that an event gives the bot, "" if it does not change that."""
-        before, now = [
-            part(event, str, *path, "membership")
-            for path in (("unsigned", "prev_content"), ("content",))
-        ]
+        now = part(event, str, "content", "membership")
+        before = part(event, str, "unsigned", "prev_content", "membership")
         is_own = part(event, str, "state_key") == self.client.user_id
         return str(now) if is_own and now != before else ""
 
@@ -489,19 +438,9 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 class Failure(Exception):
     """A request that failed; its text says why and quotes no message."""
 
-    status = 0  # HTTP, 0 without an answer
-    errcode = ""  # of a homeserver: what stands before one has none
+    status, refusal = 0, 0  # HTTP; the same if it is the homeserver that says no
+    is_awaited = False  # It is a limit, or the account is blocked until a person mends it.
     retry_after = 0.0  # s
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether it is a limit, or an account that a person has to mend."""
-        return self.status == 429 or (self.status in (401, 403) and self.errcode in BLOCKED)
-
-    @property
-    def is_refusal(self) -> bool:
-        """Whether the homeserver says no."""
-        return self.errcode != "" and 400 <= self.status < 500 and not self.is_awaited
 
 
 def failure_of(status: int, content: Any, headers: Any) -> Failure:
@@ -509,12 +448,15 @@ def failure_of(status: int, content: Any, headers: Any) -> Failure:
     errcode, error = part(content, str, "errcode"), part(content, str, "error")
     cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
-    failure.status, failure.errcode = status, errcode
+    failure.status = status
+    failure.is_awaited = status == 429 or (status in (401, 403) and errcode in BLOCKED)
+    if errcode and 400 <= status < 500 and not failure.is_awaited:
+        failure.refusal = status  # What stands before a homeserver has no errcode.
     told = headers.get("Retry-After", "")
-    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000  # is exact
+    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000  # more exact
     if not seconds and told.isdecimal():
         seconds = int(told[:9])
-    with suppress(ValueError, TypeError):  # It is a date, by the server's clock: ours may be wrong.
+    with suppress(ValueError, TypeError):  # A date, by the server's clock: ours may be wrong.
         until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
         seconds = (until - now).total_seconds()
     failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
@@ -535,7 +477,7 @@ class Client(AsyncClient):
         self.slots = asyncio.Semaphore(MAX_BUSY)
         self.limited = 0  # requests that wait after a 429
         self.hold = random.randrange(1, 1000)  # ms, another each time: a failure may be cached
-        self.synced_at, self.synced_for = 0.0, 0.0  # monotonic s, s
+        self.synced_at = self.synced_for = self.refused_at = 0.0  # s
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -569,12 +511,11 @@ class Client(AsyncClient):
         try:
             found: Any = await (self.whoami() if token else self.login(password))
         except Failure as failure:
-            if failure.is_refusal and failure.status in (404, 405):
-                stop(78, f"{self.homeserver} has no login ({failure}): check MATRIX_HOMESERVER")
-            if failure.is_refusal:
-                check = f"MATRIX_USER and MATRIX_{'ACCESS_TOKEN' if token else 'PASSWORD'}"
-                stop(77, f"{self.homeserver} refuses {self.user}: {failure}; check {check}")
-            raise
+            if not failure.refusal:
+                raise
+            check = f"MATRIX_USER and MATRIX_{'ACCESS_TOKEN' if token else 'PASSWORD'}"
+            why = f"{self.homeserver} refuses {self.user}: {failure}"
+            stop(77, f"{why}; check {check}, and MATRIX_HOMESERVER")
         if found["user_id"] != self.user:
             stop(78, f"the login is of {found['user_id']}: set MATRIX_USER to that")
         device = part(found, str, "device_id") or str(self.device_id)
@@ -582,39 +523,40 @@ class Client(AsyncClient):
         self.restore_login(self.user, device, token or new_token)
         self.state.save_session(user_id=self.user, device_id=device, access_token=new_token)
 
-    async def poll(self, since: str) -> Any:
-        """Return what came after a position; without one, the position of now and invitations."""
+    async def poll(self, since: str) -> JSON:
+        """Return what came after a position, with that as "since"; "" is the position of now.
+
+        It is "" also where the position is refused for a minute.
+        """
         hold, self.hold = self.hold, random.randrange(1, 1000)
         try:
             response: Any = await self.sync(hold, sync_filter(since), since)
         except Failure as failure:
-            if failure.is_refusal and failure.status == 401:
+            if failure.refusal == 401:
                 await self.log_in()  # Only here: others are repeated with the new token.
-            raise
-        now = time.monotonic()
+            is_refused = since and failure.refusal in (400, 404)
+            self.refused_at = (self.refused_at or time.monotonic()) if is_refused else 0
+            if not is_refused or time.monotonic() - self.refused_at < POSITION_PATIENCE:
+                raise
+            log.error("next_batch %s is refused, what came since is lost: starting from now", since)
+            return await self.poll("")
         if not self.synced_at:
             notify("READY=1")
-        else:
-            self.synced_for += min(now - self.synced_at, SYNC_TIMEOUT / 1000)
-        self.synced_at, self.hold = now, SYNC_TIMEOUT
-        return response
+        now = time.monotonic()
+        self.synced_for += min(now - (self.synced_at or now), SYNC_TIMEOUT / 1000)
+        self.synced_at, self.refused_at, self.hold = now, 0, SYNC_TIMEOUT
+        return {**response, "since": since}
 
-    async def persist(
-        self,
-        request: Callable[[], Any],
-        what: str,
-        gives_up: Callable[[Failure, float], bool] = lambda failure, seconds: False,
-    ) -> Any:
-        """Repeat a request until it succeeds; return its response, or None if it is given up.
-
-        `gives_up` is asked after each failure; it has been the same one for so many s.
-        """
-        delay, time_limit, cause, changed_at = 0.25, MAX_DELAY, "", 0.0
+    async def persist(self, request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
+        """Repeat a request until it succeeds; return its response, or None if the room gives up."""
+        delay, time_limit, cause = MIN_DELAY, MAX_DELAY, ""
         while True:
             began = time.monotonic()
             try:
                 async with asyncio.timeout(time_limit):
                     response = await request()
+                if room:
+                    room.failing_since = None
                 if cause:
                     log.info("No more trouble with %s", what)
                 return response
@@ -623,27 +565,25 @@ class Client(AsyncClient):
                 time_limit = min(2 * time_limit, PATIENCE)
             except Failure as error:
                 failure = error
-            if str(failure) != cause:
-                cause, changed_at = str(failure), time.monotonic()
-                level = logging.INFO if failure.status == 429 else logging.WARNING
-                log.log(level, "Trouble with %s: %s; trying again", what, cause)
-            if gives_up(failure, time.monotonic() - changed_at):
+            if room and room.gives_up(failure):
                 log.warning("Gave up on %s: %s", what, failure)
                 return None
-            if time.monotonic() - began > 5:
-                delay = 0.25  # It has waited already.
-            await self.pause(failure, delay * random.uniform(0.5, 1))
-            delay = min(2 * delay, MAX_DELAY)
+            if str(failure) != cause:
+                cause = str(failure)
+                level = logging.INFO if failure.status == 429 else logging.WARNING
+                log.log(level, "Trouble with %s: %s; trying again", what, cause)
+            # An attempt that took long has waited already.
+            delay = min(2 * delay, MAX_DELAY) if time.monotonic() - began < 5 else MIN_DELAY
+            await self.pause(failure, delay * random.uniform(0.25, 0.5))
 
     async def pause(self, failure: Failure, delay: float) -> None:
         """Sleep for as long as the homeserver says, or so many s; those that it limits, in turn."""
-        is_limit = failure.status == 429
-        self.limited += is_limit
+        self.limited += failure.status == 429
         try:
-            told = failure.retry_after * max(1, self.limited * is_limit)
+            told = failure.retry_after * max(1, self.limited)
             await asyncio.sleep(min(told, 2 * MAX_DELAY) or delay)
         finally:
-            self.limited -= is_limit
+            self.limited -= failure.status == 429
 
     async def _send(
         self, response_class: Any, method: str, path: str, data: Any = None, *_: Any, **__: Any
@@ -708,8 +648,7 @@ class State:
 
     def save_position(self, next_batch: str, behind: dict[str, str]) -> None:
         """Save up to where all is done, and from where each room that is behind is to be read."""
-        lines = [f"{room_id} {position}" for room_id, position in behind.items()]
-        self.save("next_batch", "\n".join([next_batch, *lines]))
+        self.save("next_batch", "\n".join([next_batch, *map(" ".join, behind.items())]))
 
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
@@ -717,31 +656,26 @@ class State:
         self.save("session.json", json.dumps(self.session))
 
     def save(self, name: str, text: str) -> None:
-        """Replace a file, or say once that it can't be done: answering does not depend on it."""
+        """Replace a file whole, or say once that it can't be done: answering goes on without."""
+        temporary = self.directory / f"{name}.tmp"
         try:
-            self.replace(self.directory / name, text)
+            temporary.touch(0o600)
+            temporary.write_text(text)
+            with temporary.open() as file:
+                os.fsync(file.fileno())
+            temporary.replace(self.directory / name)
             self.unsaved.discard(name)
         except OSError as error:
             if name not in self.unsaved:
                 log.error("Can't save %s: %s; answering goes on", name, error.strerror)
             self.unsaved.add(name)
-
-    def replace(self, path: Path, text: str) -> None:
-        """Replace a file; after a crash it holds either the old text or the new one, whole."""
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.touch(0o600)
-        temporary.write_text(text)
-        with temporary.open() as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
         with suppress(OSError):  # Not every file system can.
             os.fsync(self.descriptor)
 
 
 def by_id(events: list[Any]) -> dict[str, JSON]:
-    """Return events by event ID: none without one, and those that can't matter without content."""
-    ids = [(part(event, str, "event_id"), event) for event in events]
-    return {i: event if part(event, str, "type") in TYPES else {} for i, event in ids if i}
+    """Return events by event ID; what has none is no event."""
+    return {i: event for event in events if (i := part(event, str, "event_id"))}
 
 
 def part(whole: Any, kind: type, *path: str) -> Any:
