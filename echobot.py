@@ -12,12 +12,12 @@ rewrite one function: `reply_to`. Four rules keep the promise, whatever breaks o
 
 1. Save what is done, after every sync: next_batch, and for each room that still owes replies the
    position to read it from again. So a slow room costs only itself, and a stop needs no care.
-2. A reply names the event that it answers. Before events are answered, or a reply is sent again,
-   the bot's own messages tell what has a reply already.
-3. Read back what was left out: from now to what was known at the position before, or to the bot's
-   own invitation. What precedes that is history.
-4. Persist. Every request is repeated by one loop, `Client.persist`, until it succeeds, is refused
-   for good, or fails for long in a room while syncs succeed. A bug is shown, and costs one event.
+2. A reply names what it answers. Before anything is answered, or sent again, the bot's own
+   messages tell what has a reply already.
+3. Read back what was left out: to what was known before, or to the bot's own invitation. What
+   precedes that is history.
+4. Persist. One loop repeats every request until it succeeds, is refused for good, or fails for
+   long in a room while syncs succeed. A bug is shown, and costs one event.
 
 Environment (an empty variable counts as missing):
     MATRIX_USER          the full user ID; and MATRIX_PASSWORD, or MATRIX_ACCESS_TOKEN instead
@@ -44,6 +44,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from functools import partial
@@ -57,21 +58,30 @@ from nio import AsyncClient, MessageDirection, RoomMessageText
 
 COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
-DEVICE_ID = "ECHOBOT"  # always the same: Synapse remembers transaction IDs for the device
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 INTERVAL = 0.5  # s between two polls that bring nothing new, and that a poll may wait for replies
-MIN_DELAY, MAX_DELAY = 0.25, 60  # s between two attempts, at most twice that if told so
-PATIENCE = 600  # s that a room may fail while syncs succeed, and that one attempt may take
+MAX_DELAY = 60  # s between two attempts, twice that if told so; s that the first one may take
+PATIENCE = 600  # s that a room may fail while syncs succeed, and that any attempt may take
 REPLY_TIMEOUT = 600  # s that reply_to may take
-POSITION_PATIENCE = 60  # s that the position of a sync may be refused
 MAX_BUSY = 500  # rooms that are answered at a time: often only 1,024 files may be open
-MAX_KEPT = 1000  # events of a room: those that wait, and the IDs of those answered last
-MAX_EMPTY_PAGES = 600  # in a row, which take about a second each
+MAX_KEPT = 1000  # events of a room that wait, and event IDs that are remembered
+MAX_EMPTY_PAGES = 100  # in a row, about a second each
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by the names of nio's responses.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
+HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[1-6]?\d{1,4})?"
+URL = rf"(https?)://{HOST}(/[^?#]*)?"
+# The form of some variables, and an example.
+FORMS = {
+    "LOG_LEVEL": ("(?i)DEBUG|INFO|WARNING|ERROR", "INFO"),
+    "MATRIX_HOMESERVER": (f"({URL})?", "https://matrix.example.org"),
+    "MATRIX_INVITERS": (r"""((?=\S*[:*])[@*?[][^@;'"\s]*\s*)+""", "@me:example.org @*:example.com"),
+    "MATRIX_USER": (rf"(@[^\s:]*:{HOST})?", "@bot:example.org"),
+}
 JSON = dict[str, Any]
+Events = dict[str, JSON]  # by event ID, oldest first unless told
+Task = asyncio.Task[Any]
 log = logging.getLogger("echobot")
 
 
@@ -96,17 +106,14 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, 0, "stopped")
-    # Threads that a reply_to keeps busy hold up no save and no look-up of names.
+    # Enough threads: those that a reply_to keeps busy hold up no save and no look-up of names.
     loop.set_default_executor(ThreadPoolExecutor(1000))
     # The libraries stay silent: nio's warnings quote whole events, access tokens included.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
-    level = logging.getLevelNamesMapping().get(setting("LOG_LEVEL", "INFO").upper())
-    log.setLevel(level or stop(78, "set LOG_LEVEL to DEBUG, INFO, WARNING or ERROR"))
+    log.setLevel(setting("LOG_LEVEL", "INFO").upper())
     user, token = setting("MATRIX_USER"), setting("MATRIX_ACCESS_TOKEN")
     if not user or not (token or setting("MATRIX_PASSWORD")):
         stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
-    if not re.fullmatch(r"@[^\s:]*:([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?", user):
-        stop(78, f"MATRIX_USER is {user}, but must be a full user ID, like @bot:example.org")
     state = State(Path(setting("STATE_DIRECTORY", ".")), user)
     client = Client(user, state)
     what = "discovery (needed unless MATRIX_HOMESERVER is set)"
@@ -121,15 +128,16 @@ async def main() -> None:
 def setting(name: str, default: str = "") -> str:
     """Return an environment variable; an empty one counts as missing."""
     value = os.environ.get(name) or default
-    if re.search("[\0-\x1f\x7f\ud800-\udfff]", value):
-        stop(78, f"{name} is malformed (no UTF-8, or a line break in it): set it anew")
+    form, example = FORMS.get(name, (".*", "one line of UTF-8"))
+    if not re.fullmatch(form, value) or re.search("[\0-\x1f\x7f\ud800-\udfff]", value):
+        stop(78, f"{name} is malformed: it must be like {example}")
     return value
 
 
 def stop(status: int, reason: str) -> NoReturn:
     """End the process as a crash would: what is not saved will be done again."""
     notify("STOPPING=1")
-    with suppress(OSError):  # The reader of stderr may be gone.
+    with suppress(OSError):  # Whoever read it may be gone.
         print(f"echobot: {reason}", file=sys.stderr)
     os._exit(status)
 
@@ -145,10 +153,10 @@ async def guarded(work: Awaitable[Any]) -> Any:
 
 async def sync_forever(client: "Client", state: "State") -> None:
     """Hand what each sync response brings to its rooms, save what is done, and poll on."""
-    next_batch, older = state.next_batch, None
-    rooms = {i: Room(client, i, since, next_batch) for i, since in state.behind.items()}
-    for room in rooms.values():
-        room.catch_up()
+    rooms, next_batch, older = dict[str, Room](), state.next_batch, None
+    for room_id, position in state.behind.items():
+        rooms[room_id] = Room(client, room_id)
+        rooms[room_id].receive({"timeline": {"limited": True}}, position, next_batch)
     while True:
         began = time.monotonic()
         request = client.persist(partial(client.poll, next_batch), "the sync")
@@ -159,8 +167,8 @@ async def sync_forever(client: "Client", state: "State") -> None:
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=MAX_DELAY)
-        response = polling.result()
-        next_batch, since = response["next_batch"], response["since"]
+        since, response = polling.result()
+        next_batch = response["next_batch"]
         answering = receive(response, since, rooms, client)
         older = older or asyncio.create_task(guarded(follow_older(rooms, client)))
         # Neither too far ahead of the replies, nor in a rush if there is nothing new.
@@ -170,24 +178,23 @@ async def sync_forever(client: "Client", state: "State") -> None:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
 
 
-def receive(
-    response: JSON, since: str, rooms: dict[str, "Room"], client: "Client"
-) -> list[asyncio.Task[None]]:
+def receive(response: JSON, since: str, rooms: dict[str, "Room"], client: "Client") -> list[Task]:
     """Hand each room its part of a sync response; return the tasks that answer what is new."""
     joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
     for room_id in {*joined, *invited} - rooms.keys():
         rooms[room_id] = Room(client, room_id)
-    for room_id, room in rooms.items():
-        room.invite(invited.get(room_id), since)
+    for room_id in invited.keys() - client.told:
+        rooms[room_id].invite(invited[room_id], since)
+    client.told = set(invited)
     if not since:
-        return []  # Timelines are history, if they are there: not every homeserver heeds a filter.
+        return []  # Not every homeserver heeds the filter: timelines are history.
     tasks = [rooms[i].receive(joined[i], since, response["next_batch"]) for i in joined]
     return [task for task in tasks if task]
 
 
 async def follow_older(rooms: dict[str, "Room"], client: "Client") -> None:
-    """Accept invitations from before the saved position: only a sync without one tells of them."""
-    hold = random.randrange(1, 1000)  # ms: or Synapse may repeat what it told the life before
+    """Follow invitations that came before the saved position: later syncs do not tell them."""
+    hold = random.randrange(1, 1000)  # ms: or Synapse repeats what it told the life before
     request = partial(client.sync, hold, sync_filter(""))
     receive(await client.persist(request, "the sync for older invitations"), "", rooms, client)
 
@@ -197,31 +204,32 @@ def sync_filter(since: str) -> JSON:
     nothing: JSON = {"types": []}
     room = dict.fromkeys(["timeline", "state", "ephemeral", "account_data"], nothing)
     if since:
-        # Of all types, or Dendrite changes the order; and with lazy_load_members, or Synapse
+        # Dendrite changes the order if types are left out; without lazy_load_members Synapse
         # leaves out a room that it has joined only in part.
         room |= {"timeline": {"limit": 1000}, "state": {**nothing, "lazy_load_members": True}}
     return {"room": room, "presence": nothing, "account_data": nothing}
 
 
+@dataclass
 class Room:
     """A room, and what is remembered of it until the process ends."""
 
-    def __init__(self, client: "Client", room_id: str, since: str | None = None, upto: str = ""):
-        self.client, self.room_id = client, room_id
-        self.since = since  # the position that it is answered up to; None: the newest one
-        self.upto = upto  # the position that it is to be answered up to, "" if it is
-        self.timeline: dict[str, JSON] = {}  # what came up to there, by event ID, oldest first
-        self.is_whole = False  # Nothing is missing in the timeline.
-        self.is_invited = self.is_told = False  # Some homeservers tell it in every response.
-        self.answering: asyncio.Task[None] | None = None
-        self.joining: asyncio.Task[None] | None = None
-        self.answered: dict[str, None] = {}  # event IDs, as later timelines may repeat them
-        self.tried = ""  # the last transaction ID
-        self.failing_since: float | None = None  # s of successful syncs
-        self.has_notice = False  # that it is encrypted
+    client: "Client"
+    room_id: str
+    since: str | None = None  # the position that it is answered up to; None: the newest one
+    upto: str = ""  # the position that it is to be answered up to; "": it is
+    timeline: Events = field(default_factory=dict)  # what came up to there
+    is_whole: bool = False  # Nothing is left out of the timeline.
+    is_invited: bool = False  # It has to be joined first.
+    answering: Task | None = None
+    joining: Task | None = None
+    answered: dict[str, None] = field(default_factory=dict)  # event IDs that may be repeated
+    tried: str = ""  # the last transaction ID
+    failing_since: float | None = None  # s of successful syncs
+    has_notice: bool = False  # that it is encrypted
 
-    def receive(self, joined: JSON, since: str, next_batch: str) -> asyncio.Task[None] | None:
-        """Return the task that answers what a sync response has of the room, if that is new."""
+    def receive(self, joined: JSON, since: str, next_batch: str) -> Task | None:
+        """Return the task that answers the room's part of a sync response, if it is new."""
         events = by_id(part(joined, list, "timeline", "events"))
         is_limited = part(joined, bool, "timeline", "limited")
         is_new = events.keys() - self.answered.keys() - self.timeline.keys()
@@ -235,10 +243,6 @@ class Room:
             self.timeline, self.is_whole = {}, False
         self.timeline |= events
         self.upto, self.is_invited = next_batch, False
-        return self.catch_up()
-
-    def catch_up(self) -> asyncio.Task[None]:
-        """Return the task that answers what is unread."""
         if not self.answering or self.answering.done():
             self.answering = asyncio.create_task(guarded(self.answer_unread()))
         return self.answering
@@ -255,18 +259,15 @@ class Room:
                 self.is_whole, self.is_invited = False, True
             else:
                 self.since = upto
-        if not self.is_invited:
-            self.since = None
+        self.since = self.since if self.is_invited else None
 
-    def invite(self, invited: Any, since: str) -> None:
-        """Follow an invitation that came after a position, unless it was told already."""
-        if invited and not self.is_told:
-            self.since = since if self.since is None else self.since
-            self.is_whole, self.is_invited = False, True
-            if self.joining:
-                self.joining.cancel()  # It followed an earlier one.
-            self.joining = asyncio.create_task(guarded(self.accept(invited)))
-        self.is_told = bool(invited)
+    def invite(self, invited: JSON, since: str) -> None:
+        """Follow an invitation that came after a position, and no earlier one any more."""
+        self.since = since if self.since is None else self.since
+        self.is_whole, self.is_invited = False, True
+        if self.joining:
+            self.joining.cancel()
+        self.joining = asyncio.create_task(guarded(self.accept(invited)))
 
     async def accept(self, invited: JSON) -> None:
         """Join the room, whose next timeline is read back to the invitation, or reject that."""
@@ -279,62 +280,52 @@ class Room:
             log.info("Did not follow the invitation of %s to %s", inviter, room_id)
         elif await client.persist(lambda: client.join(room_id), f"joining {room_id}", self):
             log.info("Joined %s, invited by %s", room_id, inviter)
-            self.is_told = False  # The next one is another.
+            client.told.discard(room_id)  # If it is told again, that is another one.
             return
         self.is_invited = False
         if not self.answering or self.answering.done():
             self.since = None
 
-    def gives_up(self, failure: "Failure") -> bool:
-        """Tell whether it is the message's own fault, or the room has failed for too long."""
-        if failure.is_awaited:
-            return False
-        if failure.refusal in (400, 413):
-            return True
-        if self.failing_since is None:
-            self.failing_since = self.client.synced_for
-        # What is given up stays so: one attempt for each request, until one succeeds.
-        return self.client.synced_for - self.failing_since >= PATIENCE
-
-    async def read_back(self, upto: str, timeline: dict[str, JSON]) -> dict[str, JSON] | None:
+    async def read_back(self, upto: str, timeline: Events) -> Events | None:
         """Return what came between `since` and a position, oldest first; None if nothing is there.
 
-        What comes late from other homeservers has its place among what was known before.
+        What comes late from other homeservers has its place among the events that were known.
         """
-        known = await self.known_at(self.since or "")
-        border, read = set(known), dict[str, JSON]()  # newest first
+        known = await self.known()
+        border, read = set(known), Events()  # newest first
         async for chunk in self.pages(upto, timeline):
             read |= chunk
             if not known:  # All is done up to the invitation, or to what has a reply.
-                own = [i for i, e in chunk.items() if self.own_membership(e) == "invite"]
-                border |= self.replied(chunk) | set(own)
+                border |= {i for i in chunk if self.own_membership(chunk[i]) == "invite"}
+                border |= self.replied(chunk)
             if known[-1] in chunk if known else border & read.keys() or not chunk:
                 break
-        ends = [n for n, event_id in enumerate(read, 1) if event_id in border]
-        newest_first = list(read)[: max(ends, default=len(read))]
-        events = {i: read[i] for i in reversed(newest_first) if i not in known}
+        newest_first = list(read)
+        ends = [n for n, event_id in enumerate(newest_first, 1) if event_id in border]
+        new = [i for i in newest_first[: max(ends, default=None)] if i not in known]
         # Where a homeserver's worker lags, the end of the timeline is not in its pages.
         ends = [n for n, event_id in enumerate(timeline, 1) if event_id in read]
-        events |= dict(list(timeline.items())[max(ends, default=0) :])
-        return events if read else events or None
+        end = list(timeline.items())[max(ends, default=0) :]
+        return {i: read[i] for i in reversed(new)} | dict(end) if read or end else None
 
-    async def known_at(self, position: str) -> list[str]:
-        """Return the newest event IDs at a position, newest first; none if not in the room then."""
+    async def known(self) -> list[str]:
+        """Return the newest event IDs at `since`, newest first; none if not in the room then."""
+        if not self.since:
+            return []
         # One alone first: Synapse fills up a page from other homeservers, with what seems old.
-        newest, _ = await self.page(position, 1) if position else ({}, "")
-        chunk, _ = await self.page(position, 100) if newest else ({}, "")
-        ids = list(chunk)
+        newest, _ = await self.page(self.since, 1)
+        ids = list((await self.page(self.since, 100))[0])
         for event_id, event in newest.items():
             if event_id in ids and part(event, str, "unsigned", "membership") in ("", "join"):
                 return ids[ids.index(event_id) :]
         return []
 
-    async def pages(self, start: str, timeline: dict[str, JSON]) -> AsyncIterator[dict[str, JSON]]:
-        """Yield events by pages, newest first, from a position that a timeline reaches up to."""
-        read, empty, lags = {""}, 0, 0
+    async def pages(self, upto: str, timeline: Events) -> AsyncIterator[Events]:
+        """Yield events by pages, newest first, from the position that a timeline ends at."""
+        start, read, empty, lags = upto, {""}, 0, 0
         while start not in read and empty < MAX_EMPTY_PAGES:
             chunk, end = await self.page(start, 100)
-            if len(read) == 1 and timeline and not chunk.keys() & timeline and lags < 5:
+            if start == upto and timeline and not chunk.keys() & timeline.keys() and lags < 5:
                 lags += 1  # There is a hole before the timeline: a homeserver's worker lags.
                 await asyncio.sleep(lags)
                 continue
@@ -343,14 +334,14 @@ class Room:
             start, empty = end, 0 if chunk else empty + 1
             await asyncio.sleep(min(empty / 4, 1))
 
-    async def page(self, start: str, limit: int) -> tuple[dict[str, JSON], str]:
+    async def page(self, start: str, limit: int) -> tuple[Events, str]:
         """Return events before a position, newest first, and the position before them."""
         client, back = self.client, MessageDirection.back
         request = partial(client.room_messages, self.room_id, start, None, back, limit)
         page = await client.persist(request, f"reading {self.room_id}", self)
         return by_id(part(page, list, "chunk")), part(page, str, "end")
 
-    async def answer_events(self, events: dict[str, JSON]) -> None:
+    async def answer_events(self, events: Events) -> None:
         """Answer what is new among events, each once and in order; a bug costs its event."""
         replied = self.replied(events)
         # Not every homeserver tells the bot's membership at an event: it follows from its changes.
@@ -382,7 +373,7 @@ class Room:
                 self.has_notice = True
                 log.warning("%s is encrypted: its messages can't be read", self.room_id)
                 content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-                name = "encrypted"  # so that the homeserver drops a second one
+                name = "encrypted"  # The same in each life, so that a second one is dropped.
             case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
                 style = event["content"].get("formatted_body"), event["content"].get("format")
                 source = {**event, "room_id": self.room_id}
@@ -396,7 +387,7 @@ class Room:
                 log.info("Answered %s in %s", event_id, self.room_id)
 
     async def send(self, content: JSON, tx_id: str) -> Any:
-        """Send a reply, unless an attempt before was successful in spite of a failure."""
+        """Send a reply, unless the attempt before did that and only its answer was lost."""
         client, room_id = self.client, self.room_id
         if self.tried == tx_id:
             page: Any = await client.room_messages(room_id, "", limit=100)
@@ -405,7 +396,7 @@ class Room:
         self.tried = tx_id
         return await client.room_send(room_id, "m.room.message", content, tx_id)
 
-    def replied(self, events: dict[str, JSON]) -> set[str]:
+    def replied(self, events: Events) -> set[str]:
         """Return the IDs of the events that the bot's own messages among these answer."""
         own = [e for e in events.values() if part(e, str, "sender") == self.client.user_id]
         return {part(event, str, "content", "echobot.answers") for event in own}
@@ -416,6 +407,15 @@ class Room:
         before = part(event, str, "unsigned", "prev_content", "membership")
         is_own = part(event, str, "state_key") == self.client.user_id
         return str(now) if is_own and now != before else ""
+
+    def gives_up(self, failure: "Failure") -> bool:
+        """Tell whether a request is given up: it is wrong itself, or the room fails for long."""
+        if failure.is_awaited or failure.refusal in (400, 413):
+            return not failure.is_awaited
+        if self.failing_since is None:
+            self.failing_since = self.client.synced_for
+        # From then on each request gets one attempt, until one succeeds.
+        return self.client.synced_for - self.failing_since >= PATIENCE
 
 
 async def reply_content(event: RoomMessageText) -> JSON | None:
@@ -431,8 +431,8 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
             content["m.relates_to"] = {**thread, "m.in_reply_to": {"event_id": event.event_id}}
     content |= {"msgtype": "m.text", "body": reply} if isinstance(reply, str) else reply
     # A lone surrogate can't be sent.
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False).encode(errors="replace")
-    return dict(json.loads(text))
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return dict(json.loads(text.encode(errors="replace")))
 
 
 class Failure(Exception):
@@ -468,13 +468,12 @@ class Client(AsyncClient):
 
     def __init__(self, user: str, state: "State") -> None:
         super().__init__("", user)
-        self.state, device = state, part(state.session, str, "device_id") or DEVICE_ID
+        self.state, device = state, part(state.session, str, "device_id") or "ECHOBOT"
         token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
         self.restore_login(user, device, token)
-        self.inviters = setting("MATRIX_INVITERS", "*").replace(",", " ").split()
-        if not all(re.fullmatch("""(?=.*[:*])[@*?[][^@;'"]*""", i) for i in self.inviters or ["-"]):
-            stop(78, "MATRIX_INVITERS must have user IDs, like @me:example.org @*:example.com")
+        self.inviters = re.split(r"[\s,]+", setting("MATRIX_INVITERS", "*"))
         self.slots = asyncio.Semaphore(MAX_BUSY)
+        self.told = set[str]()  # invitations: some homeservers tell them in every response
         self.limited = 0  # requests that wait after a 429
         self.hold = random.randrange(1, 1000)  # ms, another each time: a failure may be cached
         self.synced_at = self.synced_for = self.refused_at = 0.0  # s
@@ -484,15 +483,13 @@ class Client(AsyncClient):
 
     def use(self, homeserver: str) -> None:
         """Send requests to this base URL, through the proxy that the environment names for it."""
-        host = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[1-6]?\d{1,4})?"
-        url = re.fullmatch(rf"(https?)://{host}(/[^?#]*)?", homeserver)
-        if not url:
+        if not (url := re.fullmatch(URL, homeserver)):
             stop(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
         self.homeserver, proxies = homeserver.rstrip("/"), getproxies()
         proxy = "" if proxy_bypass(url[2]) else proxies.get(url[1]) or proxies.get("all", "")
-        self.http_proxy = re.sub("^(?!.*://)(?=.)", "http://", proxy) or None
-        if proxy and not re.fullmatch(rf"https?://([^@/]*@)?{host}/?", str(self.http_proxy)):
-            stop(78, f"{url[1].upper()}_PROXY (or ALL_PROXY) is not like http://proxy.example:3128")
+        self.http_proxy = proxy and re.sub("^(?!.*://)", "http://", proxy)
+        if not re.fullmatch(rf"(https?://([^@/]*@)?{HOST}/?)?", self.http_proxy):
+            stop(78, f"{url[1].upper()}_PROXY or ALL_PROXY is not like http://proxy.example:3128")
 
     async def discover(self) -> str:
         """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
@@ -523,11 +520,8 @@ class Client(AsyncClient):
         self.restore_login(self.user, device, token or new_token)
         self.state.save_session(user_id=self.user, device_id=device, access_token=new_token)
 
-    async def poll(self, since: str) -> JSON:
-        """Return what came after a position, with that as "since"; "" is the position of now.
-
-        It is "" also where the position is refused for a minute.
-        """
+    async def poll(self, since: str) -> tuple[str, JSON]:
+        """Return a position and what came after it: `since`, or "" if that is refused for long."""
         hold, self.hold = self.hold, random.randrange(1, 1000)
         try:
             response: Any = await self.sync(hold, sync_filter(since), since)
@@ -536,7 +530,7 @@ class Client(AsyncClient):
                 await self.log_in()  # Only here: others are repeated with the new token.
             is_refused = since and failure.refusal in (400, 404)
             self.refused_at = (self.refused_at or time.monotonic()) if is_refused else 0
-            if not is_refused or time.monotonic() - self.refused_at < POSITION_PATIENCE:
+            if not is_refused or time.monotonic() - self.refused_at < MAX_DELAY:
                 raise
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             return await self.poll("")
@@ -545,11 +539,11 @@ class Client(AsyncClient):
         now = time.monotonic()
         self.synced_for += min(now - (self.synced_at or now), SYNC_TIMEOUT / 1000)
         self.synced_at, self.refused_at, self.hold = now, 0, SYNC_TIMEOUT
-        return {**response, "since": since}
+        return since, response
 
     async def persist(self, request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
         """Repeat a request until it succeeds; return its response, or None if the room gives up."""
-        delay, time_limit, cause = MIN_DELAY, MAX_DELAY, ""
+        delay, time_limit, cause = 0.25, MAX_DELAY, ""
         while True:
             began = time.monotonic()
             try:
@@ -573,7 +567,7 @@ class Client(AsyncClient):
                 level = logging.INFO if failure.status == 429 else logging.WARNING
                 log.log(level, "Trouble with %s: %s; trying again", what, cause)
             # An attempt that took long has waited already.
-            delay = min(2 * delay, MAX_DELAY) if time.monotonic() - began < 5 else MIN_DELAY
+            delay = min(2 * delay, MAX_DELAY) if time.monotonic() - began < 5 else 0.25
             await self.pause(failure, delay * random.uniform(0.25, 0.5))
 
     async def pause(self, failure: Failure, delay: float) -> None:
@@ -594,7 +588,9 @@ class Client(AsyncClient):
         headers = {"Authorization": f"Bearer {self.access_token}"} if needs_token else {}
         if method != "GET":  # Not every homeserver takes a body of another type, or none.
             data, headers["Content-Type"] = data or "{}", "application/json"
-        request = self.http.request(method, url, data=data, headers=headers, proxy=self.http_proxy)
+        request = self.http.request(
+            method, url, data=data, headers=headers, proxy=self.http_proxy or None
+        )
         try:
             async with request as response:
                 body = await response.read()
@@ -673,7 +669,7 @@ class State:
             os.fsync(self.descriptor)
 
 
-def by_id(events: list[Any]) -> dict[str, JSON]:
+def by_id(events: list[Any]) -> Events:
     """Return events by event ID; what has none is no event."""
     return {i: event for event in events if (i := part(event, str, "event_id"))}
 
