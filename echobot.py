@@ -41,7 +41,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -72,8 +72,7 @@ REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[1-6]?\d{1,4})?"
 URL = rf"(https?)://{HOST}(/[^?#]*)?"
-# The form of some variables, and an example.
-FORMS = {
+FORMS = {  # of some variables, with an example
     "LOG_LEVEL": ("(?i)DEBUG|INFO|WARNING|ERROR", "INFO"),
     "MATRIX_HOMESERVER": (f"({URL})?", "https://matrix.example.org"),
     "MATRIX_INVITERS": (r"""((?=\S*[:*])[@*?[][^@;'"\s]*\s*)+""", "@me:example.org @*:example.com"),
@@ -162,15 +161,17 @@ async def sync_forever(client: "Client", state: "State") -> None:
         request = client.persist(partial(client.poll, next_batch), "the sync")
         polling = asyncio.create_task(guarded(request))
         if next_batch:
-            behind = {i: room.since for i, room in rooms.items() if room.since is not None}
-            await asyncio.to_thread(state.save_position, next_batch, behind)
+            positions = {room_id: room.position() for room_id, room in rooms.items()}
+            await asyncio.to_thread(state.save_positions, next_batch, positions)
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=MAX_DELAY)
         since, response = polling.result()
         next_batch = response["next_batch"]
         answering = receive(response, since, rooms, client)
-        older = older or asyncio.create_task(guarded(follow_older(rooms, client)))
+        if not older:
+            notify("READY=1")
+            older = asyncio.create_task(guarded(follow_older(rooms, client)))
         # Neither too far ahead of the replies, nor in a rush if there is nothing new.
         if answering:
             await asyncio.wait(answering, timeout=INTERVAL)
@@ -187,13 +188,13 @@ def receive(response: JSON, since: str, rooms: dict[str, "Room"], client: "Clien
         rooms[room_id].invite(invited[room_id], since)
     client.told = set(invited)
     if not since:
-        return []  # Not every homeserver heeds the filter: timelines are history.
+        return []  # Not every homeserver heeds the filter: these timelines are history.
     tasks = [rooms[i].receive(joined[i], since, response["next_batch"]) for i in joined]
     return [task for task in tasks if task]
 
 
 async def follow_older(rooms: dict[str, "Room"], client: "Client") -> None:
-    """Follow invitations that came before the saved position: later syncs do not tell them."""
+    """Follow the invitations from before the saved position, which no other sync tells."""
     hold = random.randrange(1, 1000)  # ms: or Synapse repeats what it told the life before
     request = partial(client.sync, hold, sync_filter(""))
     receive(await client.persist(request, "the sync for older invitations"), "", rooms, client)
@@ -217,10 +218,10 @@ class Room:
     client: "Client"
     room_id: str
     since: str | None = None  # the position that it is answered up to; None: the newest one
+    invited_at: str | None = None  # the position before an invitation that is not followed yet
     upto: str = ""  # the position that it is to be answered up to; "": it is
     timeline: Events = field(default_factory=dict)  # what came up to there
     is_whole: bool = False  # Nothing is left out of the timeline.
-    is_invited: bool = False  # It has to be joined first.
     answering: Task | None = None
     joining: Task | None = None
     answered: dict[str, None] = field(default_factory=dict)  # event IDs that may be repeated
@@ -228,8 +229,12 @@ class Room:
     failing_since: float | None = None  # s of successful syncs
     has_notice: bool = False  # that it is encrypted
 
+    def position(self) -> str | None:
+        """Return the position to read the room from again, or None if it owes no reply."""
+        return self.invited_at if self.since is None else self.since
+
     def receive(self, joined: JSON, since: str, next_batch: str) -> Task | None:
-        """Return the task that answers the room's part of a sync response, if it is new."""
+        """Return the task that answers what came between two positions, if that is new."""
         events = by_id(part(joined, list, "timeline", "events"))
         is_limited = part(joined, bool, "timeline", "limited")
         is_new = events.keys() - self.answered.keys() - self.timeline.keys()
@@ -242,7 +247,7 @@ class Room:
         if is_limited or len(self.timeline) > MAX_KEPT:
             self.timeline, self.is_whole = {}, False
         self.timeline |= events
-        self.upto, self.is_invited = next_batch, False
+        self.upto = next_batch
         if not self.answering or self.answering.done():
             self.answering = asyncio.create_task(guarded(self.answer_unread()))
         return self.answering
@@ -254,23 +259,19 @@ class Room:
             self.upto, self.timeline, self.is_whole = "", {}, True
             async with self.client.slots:
                 events = timeline if is_whole else await self.read_back(upto, timeline)
-                await self.answer_events(events or {})
-            if events is None:  # It can't be read until it is joined.
-                self.is_whole, self.is_invited = False, True
-            else:
-                self.since = upto
-        self.since = self.since if self.is_invited else None
+                await self.answer_events(events)
+            self.since = upto
+        self.since = None
 
     def invite(self, invited: JSON, since: str) -> None:
         """Follow an invitation that came after a position, and no earlier one any more."""
-        self.since = since if self.since is None else self.since
-        self.is_whole, self.is_invited = False, True
+        self.invited_at = self.invited_at or since
         if self.joining:
             self.joining.cancel()
         self.joining = asyncio.create_task(guarded(self.accept(invited)))
 
     async def accept(self, invited: JSON) -> None:
-        """Join the room, whose next timeline is read back to the invitation, or reject that."""
+        """Join the room and answer what was said since the invitation, or reject that."""
         client, room_id, self.failing_since = self.client, self.room_id, None
         events = part(invited, list, "invite_state", "events")
         senders = [part(event, str, "sender") for event in events if self.own_membership(event)]
@@ -281,32 +282,38 @@ class Room:
         elif await client.persist(lambda: client.join(room_id), f"joining {room_id}", self):
             log.info("Joined %s, invited by %s", room_id, inviter)
             client.told.discard(room_id)  # If it is told again, that is another one.
-            return
-        self.is_invited = False
-        if not self.answering or self.answering.done():
-            self.since = None
+            # Up to the newest position; what came after it is in the next timeline.
+            limited = {"timeline": {"limited": True}}
+            self.receive(limited, self.invited_at or "", client.position)
+        self.invited_at = None
 
-    async def read_back(self, upto: str, timeline: Events) -> Events | None:
-        """Return what came between `since` and a position, oldest first; None if nothing is there.
+    async def read_back(self, upto: str, timeline: Events) -> Events:
+        """Return what came between `since` and a position, oldest first.
 
         What comes late from other homeservers has its place among the events that were known.
         """
         known = await self.known()
-        border, read = set(known), Events()  # newest first
-        async for chunk in self.pages(upto, timeline):
-            read |= chunk
+        border, read, start, tries = set(known), Events(), upto, 0  # read: newest first
+        while start and tries < MAX_EMPTY_PAGES:
+            chunk, before = await self.page(start, 100)
+            # A homeserver's worker that lags leaves a hole before the timeline.
+            is_hole = not read and timeline and not chunk.keys() & timeline.keys() and tries < 9
+            tries = tries + 1 if is_hole or chunk.keys() <= read.keys() else 0
+            await asyncio.sleep(min(tries / 4, 1))
+            if is_hole:
+                continue
+            start, read = before, read | chunk
             if not known:  # All is done up to the invitation, or to what has a reply.
                 border |= {i for i in chunk if self.own_membership(chunk[i]) == "invite"}
                 border |= self.replied(chunk)
             if known[-1] in chunk if known else border & read.keys() or not chunk:
                 break
-        newest_first = list(read)
-        ends = [n for n, event_id in enumerate(newest_first, 1) if event_id in border]
-        new = [i for i in newest_first[: max(ends, default=None)] if i not in known]
-        # Where a homeserver's worker lags, the end of the timeline is not in its pages.
+        ends = [n for n, event_id in enumerate(read, 1) if event_id in border]
+        new = [i for i in list(read)[: max(ends, default=None)] if i not in known]
+        # The end of the timeline may be missing in the pages all the same.
         ends = [n for n, event_id in enumerate(timeline, 1) if event_id in read]
         end = list(timeline.items())[max(ends, default=0) :]
-        return {i: read[i] for i in reversed(new)} | dict(end) if read or end else None
+        return {event_id: read[event_id] for event_id in reversed(new)} | dict(end)
 
     async def known(self) -> list[str]:
         """Return the newest event IDs at `since`, newest first; none if not in the room then."""
@@ -319,20 +326,6 @@ class Room:
             if event_id in ids and part(event, str, "unsigned", "membership") in ("", "join"):
                 return ids[ids.index(event_id) :]
         return []
-
-    async def pages(self, upto: str, timeline: Events) -> AsyncIterator[Events]:
-        """Yield events by pages, newest first, from the position that a timeline ends at."""
-        start, read, empty, lags = upto, {""}, 0, 0
-        while start not in read and empty < MAX_EMPTY_PAGES:
-            chunk, end = await self.page(start, 100)
-            if start == upto and timeline and not chunk.keys() & timeline.keys() and lags < 5:
-                lags += 1  # There is a hole before the timeline: a homeserver's worker lags.
-                await asyncio.sleep(lags)
-                continue
-            yield chunk
-            read.add(start)  # A page without an end, or that goes round, is the last one.
-            start, empty = end, 0 if chunk else empty + 1
-            await asyncio.sleep(min(empty / 4, 1))
 
     async def page(self, start: str, limit: int) -> tuple[Events, str]:
         """Return events before a position, newest first, and the position before them."""
@@ -439,7 +432,7 @@ class Failure(Exception):
     """A request that failed; its text says why and quotes no message."""
 
     status, refusal = 0, 0  # HTTP; the same if it is the homeserver that says no
-    is_awaited = False  # It is a limit, or the account is blocked until a person mends it.
+    is_awaited = False  # It is a limit, or a person has to mend the account.
     retry_after = 0.0  # s
 
 
@@ -452,15 +445,20 @@ def failure_of(status: int, content: Any, headers: Any) -> Failure:
     failure.is_awaited = status == 429 or (status in (401, 403) and errcode in BLOCKED)
     if errcode and 400 <= status < 500 and not failure.is_awaited:
         failure.refusal = status  # What stands before a homeserver has no errcode.
-    told = headers.get("Retry-After", "")
-    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000  # more exact
-    if not seconds and told.isdecimal():
-        seconds = int(told[:9])
-    with suppress(ValueError, TypeError):  # A date, by the server's clock: ours may be wrong.
-        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
-        seconds = (until - now).total_seconds()
+    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000 or told_to_wait(headers)
     failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
     return failure
+
+
+def told_to_wait(headers: Any) -> float:
+    """Return the s until Retry-After, 0 if it is missing or malformed (RFC 9110, 10.2.3)."""
+    told = headers.get("Retry-After", "")
+    with suppress(ValueError):
+        return float(told)
+    with suppress(ValueError, TypeError):  # By the server's clock: ours may be wrong.
+        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
+        return (until - now).total_seconds()
+    return 0
 
 
 class Client(AsyncClient):
@@ -476,7 +474,7 @@ class Client(AsyncClient):
         self.told = set[str]()  # invitations: some homeservers tell them in every response
         self.limited = 0  # requests that wait after a 429
         self.hold = random.randrange(1, 1000)  # ms, another each time: a failure may be cached
-        self.synced_at = self.synced_for = self.refused_at = 0.0  # s
+        self.synced_for, self.synced_at, self.refused_at = 0.0, time.monotonic(), 0.0  # s
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -534,11 +532,10 @@ class Client(AsyncClient):
                 raise
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             return await self.poll("")
-        if not self.synced_at:
-            notify("READY=1")
         now = time.monotonic()
-        self.synced_for += min(now - (self.synced_at or now), SYNC_TIMEOUT / 1000)
+        self.synced_for += min(now - self.synced_at, SYNC_TIMEOUT / 1000)
         self.synced_at, self.refused_at, self.hold = now, 0, SYNC_TIMEOUT
+        self.position = response["next_batch"]
         return since, response
 
     async def persist(self, request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
@@ -613,14 +610,13 @@ class State:
 
     def __init__(self, directory: Path, user: str) -> None:
         self.directory, self.unsaved = directory, set[str]()  # names of files
-        text, saved = "", None
         try:
+            for name in ("next_batch", "session.json", "echobot.lock"):
+                (directory / name).touch(0o600)
             self.descriptor = os.open(directory, os.O_RDONLY)
             self.lock = (directory / "echobot.lock").open("a")  # until the process ends
-            with suppress(FileNotFoundError):
-                text = (directory / "next_batch").read_text(errors="replace")
-            with suppress(FileNotFoundError, ValueError):
-                saved = json.loads((directory / "session.json").read_bytes())
+            text = (directory / "next_batch").read_text(errors="replace")
+            session = (directory / "session.json").read_text(errors="replace")
         except OSError as error:
             stop(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
         try:
@@ -628,23 +624,26 @@ class State:
         except BlockingIOError:
             stop(75, f"another copy is running on {directory}: stop it first")
         except OSError as error:
-            log.warning("Can't lock %s (%s): start no other copy on it", directory, error.strerror)
-        owner = part(saved, str, "user_id")
+            log.warning("Can't lock %s (%s): start no other copy", directory, error.strerror)
+        self.session: JSON = {}
+        with suppress(ValueError):
+            self.session = part(json.loads(session), dict)
+        owner = part(self.session, str, "user_id")
         if owner not in ("", user):
             log.warning("Not using the state of %s", owner)
-            text, saved = "", None
+            text, self.session = "", {}
             # Or it would seem to be ours as soon as our login is saved.
-            (directory / "next_batch").unlink(missing_ok=True)
+            (directory / "next_batch").write_text("")
         elif owner and not text.strip():
             log.error("next_batch is missing or empty: starting from now instead")
-        self.session: JSON = part(saved, dict)
         self.next_batch, *lines = [line.strip() for line in text.split("\n")]
         rooms = [line.partition(" ") for line in lines if line.startswith("!")]
         self.behind = {room_id: position for room_id, _, position in rooms}
 
-    def save_position(self, next_batch: str, behind: dict[str, str]) -> None:
-        """Save up to where all is done, and from where each room that is behind is to be read."""
-        self.save("next_batch", "\n".join([next_batch, *map(" ".join, behind.items())]))
+    def save_positions(self, next_batch: str, positions: dict[str, str | None]) -> None:
+        """Save up to where all is done, and from where rooms have to be read that owe replies."""
+        lines = [f"{i} {position}" for i, position in positions.items() if position is not None]
+        self.save("next_batch", "\n".join([next_batch, *lines]))
 
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
