@@ -71,13 +71,7 @@ BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[1-6]?\d{1,4})?"
-URL = rf"(https?)://{HOST}(/[^?#]*)?"
-FORMS = {  # of some variables, with an example
-    "LOG_LEVEL": ("(?i)DEBUG|INFO|WARNING|ERROR", "INFO"),
-    "MATRIX_HOMESERVER": (f"({URL})?", "https://matrix.example.org"),
-    "MATRIX_INVITERS": (r"""((?=\S*[:*])[@*?[][^@;'"\s]*\s*)+""", "@me:example.org @*:example.com"),
-    "MATRIX_USER": (rf"(@[^\s:]*:{HOST})?", "@bot:example.org"),
-}
+ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
 Events = dict[str, JSON]  # by event ID, oldest first unless told
 Task = asyncio.Task[Any]
@@ -109,27 +103,27 @@ async def main() -> None:
     loop.set_default_executor(ThreadPoolExecutor(1000))
     # The libraries stay silent: nio's warnings quote whole events, access tokens included.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
-    log.setLevel(setting("LOG_LEVEL", "INFO").upper())
-    user, token = setting("MATRIX_USER"), setting("MATRIX_ACCESS_TOKEN")
+    log.setLevel(setting("LOG_LEVEL", "INFO", "DEBUG|INFO|WARNING|ERROR", "INFO"))
+    user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
+    token = setting("MATRIX_ACCESS_TOKEN")
     if not user or not (token or setting("MATRIX_PASSWORD")):
         stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
     state = State(Path(setting("STATE_DIRECTORY", ".")), user)
     client = Client(user, state)
     what = "discovery (needed unless MATRIX_HOMESERVER is set)"
-    client.use(setting("MATRIX_HOMESERVER") or await client.persist(client.discover, what))
+    client.use(setting("MATRIX_HOMESERVER") or await persist(lambda: discover(client), what))
     if token or not client.access_token:
-        await client.persist(client.log_in, f"the login at {client.homeserver}")
+        await persist(lambda: log_in(client), f"the login at {client.homeserver}")
     state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
-    await guarded(sync_forever(client, state))
+    await guarded(sync_forever(client))
 
 
-def setting(name: str, default: str = "") -> str:
+def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "UTF-8") -> str:
     """Return an environment variable; an empty one counts as missing."""
     value = os.environ.get(name) or default
-    form, example = FORMS.get(name, (".*", "one line of UTF-8"))
-    if not re.fullmatch(form, value) or re.search("[\0-\x1f\x7f\ud800-\udfff]", value):
-        stop(78, f"{name} is malformed: it must be like {example}")
+    if not re.fullmatch(form, value):
+        stop(78, f"{name} is malformed: it must be one line, like {example}")
     return value
 
 
@@ -150,25 +144,25 @@ async def guarded(work: Awaitable[Any]) -> Any:
         stop(1, "ended by a bug")
 
 
-async def sync_forever(client: "Client", state: "State") -> None:
+async def sync_forever(client: "Client") -> None:
     """Hand what each sync response brings to its rooms, save what is done, and poll on."""
-    rooms, next_batch, older = dict[str, Room](), state.next_batch, None
-    for room_id, position in state.behind.items():
+    rooms, next_batch, older = dict[str, Room](), client.state.next_batch, None
+    for room_id, position in client.state.behind.items():
         rooms[room_id] = Room(client, room_id)
-        rooms[room_id].receive({"timeline": {"limited": True}}, position, next_batch)
+        receive(rooms[room_id], {"timeline": {"limited": True}}, position, next_batch)
     while True:
         began = time.monotonic()
-        request = client.persist(partial(client.poll, next_batch), "the sync")
+        request = persist(partial(poll, client, next_batch), "the sync")
         polling = asyncio.create_task(guarded(request))
         if next_batch:
-            positions = {room_id: room.position() for room_id, room in rooms.items()}
-            await asyncio.to_thread(state.save_positions, next_batch, positions)
+            behind = [f"{i} {room.since}" for i, room in rooms.items() if room.since is not None]
+            await asyncio.to_thread(client.state.save, "next_batch", [next_batch, *behind])
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=MAX_DELAY)
         since, response = polling.result()
         next_batch = response["next_batch"]
-        answering = receive(response, since, rooms, client)
+        answering = hand_out(response, since, rooms, client)
         if not older:
             notify("READY=1")
             older = asyncio.create_task(guarded(follow_older(rooms, client)))
@@ -179,25 +173,25 @@ async def sync_forever(client: "Client", state: "State") -> None:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
 
 
-def receive(response: JSON, since: str, rooms: dict[str, "Room"], client: "Client") -> list[Task]:
-    """Hand each room its part of a sync response; return the tasks that answer what is new."""
-    joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
-    for room_id in {*joined, *invited} - rooms.keys():
-        rooms[room_id] = Room(client, room_id)
-    for room_id in invited.keys() - client.told:
-        rooms[room_id].invite(invited[room_id], since)
-    client.told = set(invited)
-    if not since:
-        return []  # Not every homeserver heeds the filter: these timelines are history.
-    tasks = [rooms[i].receive(joined[i], since, response["next_batch"]) for i in joined]
-    return [task for task in tasks if task]
-
-
-async def follow_older(rooms: dict[str, "Room"], client: "Client") -> None:
-    """Follow the invitations from before the saved position, which no other sync tells."""
-    hold = random.randrange(1, 1000)  # ms: or Synapse repeats what it told the life before
-    request = partial(client.sync, hold, sync_filter(""))
-    receive(await client.persist(request, "the sync for older invitations"), "", rooms, client)
+async def poll(client: "Client", since: str) -> tuple[str, JSON]:
+    """Return a position and what came after it: `since`, or "" if that is refused for long."""
+    hold, client.hold = client.hold, random.randrange(1, 1000)
+    try:
+        response: Any = await client.sync(hold, sync_filter(since), since)
+    except Failure as failure:
+        if failure.refusal == 401:
+            await log_in(client)  # Only here: others are repeated with the new token.
+        is_refused = since and failure.refusal in (400, 404)
+        client.refused_at = (client.refused_at or time.monotonic()) if is_refused else 0
+        if not is_refused or time.monotonic() - client.refused_at < MAX_DELAY:
+            raise
+        log.error("next_batch %s is refused, what came since is lost: starting from now", since)
+        return await poll(client, "")
+    now = time.monotonic()
+    client.synced_for += min(now - client.synced_at, SYNC_TIMEOUT / 1000)
+    client.synced_at, client.refused_at, client.hold = now, 0, SYNC_TIMEOUT
+    client.position = response["next_batch"]
+    return since, response
 
 
 def sync_filter(since: str) -> JSON:
@@ -211,6 +205,27 @@ def sync_filter(since: str) -> JSON:
     return {"room": room, "presence": nothing, "account_data": nothing}
 
 
+def hand_out(response: JSON, since: str, rooms: dict[str, "Room"], client: "Client") -> list[Task]:
+    """Hand each room its part of a sync response; return the tasks that answer what is new."""
+    joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
+    for room_id in {*joined, *invited} - rooms.keys():
+        rooms[room_id] = Room(client, room_id)
+    for room_id in invited.keys() - client.told:
+        invite(rooms[room_id], invited[room_id], since)
+    client.told = set(invited)
+    if not since:
+        return []  # Not every homeserver heeds the filter: these timelines are history.
+    tasks = [receive(rooms[i], joined[i], since, response["next_batch"]) for i in joined]
+    return [task for task in tasks if task]
+
+
+async def follow_older(rooms: dict[str, "Room"], client: "Client") -> None:
+    """Follow the invitations from before the saved position, which no other sync tells."""
+    hold = random.randrange(1, 1000)  # ms: or Synapse repeats what it told the life before
+    request = partial(client.sync, hold, sync_filter(""))
+    hand_out(await persist(request, "the sync for older invitations"), "", rooms, client)
+
+
 @dataclass
 class Room:
     """A room, and what is remembered of it until the process ends."""
@@ -218,7 +233,6 @@ class Room:
     client: "Client"
     room_id: str
     since: str | None = None  # the position that it is answered up to; None: the newest one
-    invited_at: str | None = None  # the position before an invitation that is not followed yet
     upto: str = ""  # the position that it is to be answered up to; "": it is
     timeline: Events = field(default_factory=dict)  # what came up to there
     is_whole: bool = False  # Nothing is left out of the timeline.
@@ -229,186 +243,104 @@ class Room:
     failing_since: float | None = None  # s of successful syncs
     has_notice: bool = False  # that it is encrypted
 
-    def position(self) -> str | None:
-        """Return the position to read the room from again, or None if it owes no reply."""
-        return self.invited_at if self.since is None else self.since
 
-    def receive(self, joined: JSON, since: str, next_batch: str) -> Task | None:
-        """Return the task that answers what came between two positions, if that is new."""
-        events = by_id(part(joined, list, "timeline", "events"))
-        is_limited = part(joined, bool, "timeline", "limited")
-        is_new = events.keys() - self.answered.keys() - self.timeline.keys()
-        if not is_new and (events or not is_limited):
-            return None
-        if self.since is None:
-            self.since, self.is_whole = since, True
-        # The first timeline after a join may reach into the time before.
-        is_limited |= any(self.own_membership(event) == "join" for event in events.values())
-        if is_limited or len(self.timeline) > MAX_KEPT:
-            self.timeline, self.is_whole = {}, False
-        self.timeline |= events
-        self.upto = next_batch
-        if not self.answering or self.answering.done():
-            self.answering = asyncio.create_task(guarded(self.answer_unread()))
-        return self.answering
+def receive(room: Room, joined: JSON, since: str, next_batch: str) -> Task | None:
+    """Return the task that answers what came between two positions, if that is new."""
+    events = by_id(part(joined, list, "timeline", "events"))
+    is_limited = part(joined, bool, "timeline", "limited")
+    is_new = events.keys() - room.answered.keys() - room.timeline.keys()
+    if not is_new and (events or not is_limited):
+        return None
+    if room.since is None:
+        room.since, room.is_whole = since, True
+    # The first timeline after a join may reach into the time before.
+    is_limited |= any(own_membership(room, event) == "join" for event in events.values())
+    if is_limited or len(room.timeline) > MAX_KEPT:
+        room.timeline, room.is_whole = {}, False
+    room.timeline |= events
+    room.upto = next_batch
+    return wake(room)
 
-    async def answer_unread(self) -> None:
-        """Answer what is unread, and what comes meanwhile."""
-        while self.upto:
-            upto, timeline, is_whole = self.upto, self.timeline, self.is_whole
-            self.upto, self.timeline, self.is_whole = "", {}, True
-            async with self.client.slots:
-                events = timeline if is_whole else await self.read_back(upto, timeline)
-                await self.answer_events(events)
-            self.since = upto
-        self.since = None
 
-    def invite(self, invited: JSON, since: str) -> None:
-        """Follow an invitation that came after a position, and no earlier one any more."""
-        self.invited_at = self.invited_at or since
-        if self.joining:
-            self.joining.cancel()
-        self.joining = asyncio.create_task(guarded(self.accept(invited)))
+def wake(room: Room) -> Task:
+    """Return the task that answers what is unread."""
+    if not room.answering or room.answering.done():
+        room.answering = asyncio.create_task(guarded(answer_unread(room)))
+    return room.answering
 
-    async def accept(self, invited: JSON) -> None:
-        """Join the room and answer what was said since the invitation, or reject that."""
-        client, room_id, self.failing_since = self.client, self.room_id, None
-        events = part(invited, list, "invite_state", "events")
-        senders = [part(event, str, "sender") for event in events if self.own_membership(event)]
-        inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
-        if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
-            await client.persist(lambda: client.room_leave(room_id), f"leaving {room_id}", self)
-            log.info("Did not follow the invitation of %s to %s", inviter, room_id)
-        elif await client.persist(lambda: client.join(room_id), f"joining {room_id}", self):
-            log.info("Joined %s, invited by %s", room_id, inviter)
-            client.told.discard(room_id)  # If it is told again, that is another one.
-            # Up to the newest position; what came after it is in the next timeline.
-            limited = {"timeline": {"limited": True}}
-            self.receive(limited, self.invited_at or "", client.position)
-        self.invited_at = None
 
-    async def read_back(self, upto: str, timeline: Events) -> Events:
-        """Return what came between `since` and a position, oldest first.
+async def answer_unread(room: Room) -> None:
+    """Answer what is unread, and what comes meanwhile."""
+    while room.upto:
+        upto, timeline, is_whole = room.upto, room.timeline, room.is_whole
+        room.upto, room.timeline, room.is_whole = "", {}, True
+        async with room.client.slots:
+            await answer_events(
+                room, timeline if is_whole else await read_back(room, upto, timeline)
+            )
+        room.since = upto
+    if not room.joining or room.joining.done():
+        room.since = None
 
-        What comes late from other homeservers has its place among the events that were known.
-        """
-        known = await self.known()
-        border, read, start, tries = set(known), Events(), upto, 0  # read: newest first
-        while start and tries < MAX_EMPTY_PAGES:
-            chunk, before = await self.page(start, 100)
-            # A homeserver's worker that lags leaves a hole before the timeline.
-            is_hole = not read and timeline and not chunk.keys() & timeline.keys() and tries < 9
-            tries = tries + 1 if is_hole or chunk.keys() <= read.keys() else 0
-            await asyncio.sleep(min(tries / 4, 1))
-            if is_hole:
-                continue
-            start, read = before, read | chunk
-            if not known:  # All is done up to the invitation, or to what has a reply.
-                border |= {i for i in chunk if self.own_membership(chunk[i]) == "invite"}
-                border |= self.replied(chunk)
-            if known[-1] in chunk if known else border & read.keys() or not chunk:
-                break
-        ends = [n for n, event_id in enumerate(read, 1) if event_id in border]
-        new = [i for i in list(read)[: max(ends, default=None)] if i not in known]
-        # The end of the timeline may be missing in the pages all the same.
-        ends = [n for n, event_id in enumerate(timeline, 1) if event_id in read]
-        end = list(timeline.items())[max(ends, default=0) :]
-        return {event_id: read[event_id] for event_id in reversed(new)} | dict(end)
 
-    async def known(self) -> list[str]:
-        """Return the newest event IDs at `since`, newest first; none if not in the room then."""
-        if not self.since:
-            return []
-        # One alone first: Synapse fills up a page from other homeservers, with what seems old.
-        newest, _ = await self.page(self.since, 1)
-        ids = list((await self.page(self.since, 100))[0])
-        for event_id, event in newest.items():
-            if event_id in ids and part(event, str, "unsigned", "membership") in ("", "join"):
-                return ids[ids.index(event_id) :]
-        return []
+async def answer_events(room: Room, events: Events) -> None:
+    """Answer what is new among events, each once and in order; a bug costs its event."""
+    done = replied(room, events)
+    # Not every homeserver tells the bot's membership at an event: it follows from its changes.
+    changes = filter(None, (own_membership(room, event) for event in events.values()))
+    membership = "leave" if next(changes, "") in ("invite", "join") else "join"
+    for event_id, event in events.items():
+        membership = own_membership(room, event) or membership
+        then = part(event, str, "unsigned", "membership") or membership
+        is_new = event_id not in done and event_id not in room.answered
+        room.answered[event_id] = None
+        try:
+            if is_new and then in ("invite", "join"):
+                await answer(room, event_id, event)
+        except BaseException as error:  # Whatever reply_to raises.
+            # Without its text, which may quote the message.
+            frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
+            log.error("Passed over %s in %s:\n%s", event_id, room.room_id, frames)
+    room.answered = dict.fromkeys(list(room.answered)[-MAX_KEPT:])
 
-    async def page(self, start: str, limit: int) -> tuple[Events, str]:
-        """Return events before a position, newest first, and the position before them."""
-        client, back = self.client, MessageDirection.back
-        request = partial(client.room_messages, self.room_id, start, None, back, limit)
-        page = await client.persist(request, f"reading {self.room_id}", self)
-        return by_id(part(page, list, "chunk")), part(page, str, "end")
 
-    async def answer_events(self, events: Events) -> None:
-        """Answer what is new among events, each once and in order; a bug costs its event."""
-        replied = self.replied(events)
-        # Not every homeserver tells the bot's membership at an event: it follows from its changes.
-        changes = filter(None, map(self.own_membership, events.values()))
-        membership = "leave" if next(changes, "") in ("invite", "join") else "join"
-        for event_id, event in events.items():
-            membership = self.own_membership(event) or membership
-            then = part(event, str, "unsigned", "membership") or membership
-            is_new = event_id not in replied and event_id not in self.answered
-            self.answered[event_id] = None
-            try:
-                if is_new and then in ("invite", "join"):
-                    await self.answer(event_id, event)
-            except BaseException as error:  # Whatever reply_to raises.
-                # Without its text, which may quote the message.
-                frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
-                log.error("Passed over %s in %s:\n%s", event_id, self.room_id, frames)
-        self.answered = dict.fromkeys(list(self.answered)[-MAX_KEPT:])
+def replied(room: Room, events: Events) -> set[str]:
+    """Return the IDs of the events that the bot's own messages among these answer."""
+    own = [e for e in events.values() if part(e, str, "sender") == room.client.user_id]
+    return {part(event, str, "content", "echobot.answers") for event in own}
 
-    async def answer(self, event_id: str, event: JSON) -> None:
-        """Answer an event if it calls for it, and return once the reply is acknowledged."""
-        content, name = None, event_id
-        match event:
-            case {"sender": self.client.user_id} | {"unsigned": {"redacted_because": _}}:
-                return
-            case {"content": {"m.relates_to": {"rel_type": "m.replace"}}}:
-                return  # It is an edit.
-            case {"type": "m.room.encrypted"} if not self.has_notice:
-                self.has_notice = True
-                log.warning("%s is encrypted: its messages can't be read", self.room_id)
-                content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-                name = "encrypted"  # The same in each life, so that a second one is dropped.
-            case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
-                style = event["content"].get("formatted_body"), event["content"].get("format")
-                source = {**event, "room_id": self.room_id}
-                content = await reply_content(RoomMessageText(source, body, *style))
-        if content:
-            # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
-            tx_id = quote(name, safe="!$:", errors="replace").replace("%", "~")
-            request = partial(self.send, {**content, "echobot.answers": event_id}, tx_id)
-            what = f"the reply to {event_id} in {self.room_id}"
-            if await self.client.persist(request, what, self):
-                log.info("Answered %s in %s", event_id, self.room_id)
 
-    async def send(self, content: JSON, tx_id: str) -> Any:
-        """Send a reply, unless the attempt before did that and only its answer was lost."""
-        client, room_id = self.client, self.room_id
-        if self.tried == tx_id:
-            page: Any = await client.room_messages(room_id, "", limit=100)
-            if content["echobot.answers"] in self.replied(by_id(part(page, list, "chunk"))):
-                return page
-        self.tried = tx_id
-        return await client.room_send(room_id, "m.room.message", content, tx_id)
+def own_membership(room: Room, event: Any) -> str:
+    """Return the membership that an event gives the bot, "" if it does not change that."""
+    now = part(event, str, "content", "membership")
+    before = part(event, str, "unsigned", "prev_content", "membership")
+    is_own = part(event, str, "state_key") == room.client.user_id
+    return str(now) if is_own and now != before else ""
 
-    def replied(self, events: Events) -> set[str]:
-        """Return the IDs of the events that the bot's own messages among these answer."""
-        own = [e for e in events.values() if part(e, str, "sender") == self.client.user_id]
-        return {part(event, str, "content", "echobot.answers") for event in own}
 
-    def own_membership(self, event: Any) -> str:
-        """Return the membership that an event gives the bot, "" if it does not change that."""
-        now = part(event, str, "content", "membership")
-        before = part(event, str, "unsigned", "prev_content", "membership")
-        is_own = part(event, str, "state_key") == self.client.user_id
-        return str(now) if is_own and now != before else ""
-
-    def gives_up(self, failure: "Failure") -> bool:
-        """Tell whether a request is given up: it is wrong itself, or the room fails for long."""
-        if failure.is_awaited or failure.refusal in (400, 413):
-            return not failure.is_awaited
-        if self.failing_since is None:
-            self.failing_since = self.client.synced_for
-        # From then on each request gets one attempt, until one succeeds.
-        return self.client.synced_for - self.failing_since >= PATIENCE
+async def answer(room: Room, event_id: str, event: JSON) -> None:
+    """Answer an event if it calls for it, and return once the reply is acknowledged."""
+    content, name = None, event_id
+    match event:
+        case {"sender": room.client.user_id} | {"unsigned": {"redacted_because": _}}:
+            return
+        case {"content": {"m.relates_to": {"rel_type": "m.replace"}}}:
+            return  # It is an edit.
+        case {"type": "m.room.encrypted"} if not room.has_notice:
+            room.has_notice = True
+            log.warning("%s is encrypted: its messages can't be read", room.room_id)
+            content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
+            name = "encrypted"  # The same in each life, so that a second one is dropped.
+        case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
+            style = event["content"].get("formatted_body"), event["content"].get("format")
+            source = {**event, "room_id": room.room_id}
+            content = await reply_content(RoomMessageText(source, body, *style))
+    if content:
+        # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
+        tx_id = quote(name, safe="!$:", errors="replace").replace("%", "~")
+        request = partial(send, room, {**content, "echobot.answers": event_id}, tx_id)
+        if await persist(request, f"the reply to {event_id} in {room.room_id}", room):
+            log.info("Answered %s in %s", event_id, room.room_id)
 
 
 async def reply_content(event: RoomMessageText) -> JSON | None:
@@ -428,6 +360,146 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
     return dict(json.loads(text.encode(errors="replace")))
 
 
+async def send(room: Room, content: JSON, tx_id: str) -> Any:
+    """Send a reply, unless the attempt before did that and only its answer was lost."""
+    if room.tried == tx_id:
+        page: Any = await room.client.room_messages(room.room_id, "", limit=100)
+        if content["echobot.answers"] in replied(room, by_id(part(page, list, "chunk"))):
+            return page
+    room.tried = tx_id
+    return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
+
+
+async def read_back(room: Room, upto: str, timeline: Events) -> Events:
+    """Return what came between `since` and a position, oldest first.
+
+    What comes late from other homeservers has its place among the events that were known.
+    """
+    known = await known_at(room, room.since or "")
+    border, read, start, tries = set(known), Events(), upto, 0  # read: newest first
+    while start and tries < MAX_EMPTY_PAGES:
+        chunk, before = await read_page(room, start, 100)
+        # A homeserver's worker that lags leaves a hole before the timeline.
+        is_hole = not read and timeline and not chunk.keys() & timeline.keys() and tries < 9
+        tries = tries + 1 if is_hole or chunk.keys() <= read.keys() else 0
+        await asyncio.sleep(min(tries / 4, 1))
+        if is_hole:
+            continue
+        start, read = before, read | chunk
+        if not known:  # All is done up to the invitation, or to what has a reply.
+            border |= {i for i in chunk if own_membership(room, chunk[i]) == "invite"}
+            border |= replied(room, chunk)
+        if known[-1] in chunk if known else border & read.keys() or not chunk:
+            break
+    ends = [n for n, event_id in enumerate(read, 1) if event_id in border]
+    new = [i for i in list(read)[: max(ends, default=None)] if i not in known]
+    # The end of the timeline may be missing in the pages all the same.
+    ends = [n for n, event_id in enumerate(timeline, 1) if event_id in read]
+    end = list(timeline.items())[max(ends, default=0) :]
+    return {event_id: read[event_id] for event_id in reversed(new)} | dict(end)
+
+
+async def known_at(room: Room, position: str) -> list[str]:
+    """Return the newest event IDs at a position, newest first; none if not in the room then."""
+    if not position:
+        return []
+    # One alone first: Synapse fills up a page from other homeservers, with what seems old.
+    newest, _ = await read_page(room, position, 1)
+    page, _ = await read_page(room, position, 100)
+    for event_id, event in newest.items():
+        if event_id in page and part(event, str, "unsigned", "membership") in ("", "join"):
+            return list(page)[list(page).index(event_id) :]
+    return []
+
+
+async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
+    """Return events before a position, newest first, and the position before them."""
+    back = MessageDirection.back
+    request = partial(room.client.room_messages, room.room_id, start, None, back, limit)
+    page = await persist(request, f"reading {room.room_id}", room)
+    return by_id(part(page, list, "chunk")), part(page, str, "end")
+
+
+def by_id(events: list[Any]) -> Events:
+    """Return events by event ID; what has none is no event."""
+    return {i: event for event in events if (i := part(event, str, "event_id"))}
+
+
+def invite(room: Room, invited: JSON, since: str) -> None:
+    """Follow an invitation that came after a position, and no earlier one any more."""
+    room.since = since if room.since is None else room.since
+    if room.joining:
+        room.joining.cancel()
+    room.joining = asyncio.create_task(guarded(accept(room, invited)))
+
+
+async def accept(room: Room, invited: JSON) -> None:
+    """Join the room and answer what was said since the invitation, or reject that."""
+    client, room_id, room.failing_since = room.client, room.room_id, None
+    events = part(invited, list, "invite_state", "events")
+    senders = [part(event, str, "sender") for event in events if own_membership(room, event)]
+    inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
+    if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
+        await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
+        log.info("Did not follow the invitation of %s to %s", inviter, room_id)
+    elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
+        log.info("Joined %s, invited by %s", room_id, inviter)
+        client.told.discard(room_id)  # If it is told again, that is another one.
+        # What came after the newest position is in the next timeline.
+        receive(room, {"timeline": {"limited": True}}, "", client.position)
+    wake(room)
+
+
+async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
+    """Repeat a request until it succeeds; return its response, or None if the room gives up."""
+    delay, time_limit, cause = 0.25, MAX_DELAY, ""
+    while True:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(time_limit):
+                response = await request()
+            if room:
+                room.failing_since = None
+            if cause:
+                log.info("No more trouble with %s", what)
+            return response
+        except TimeoutError:
+            failure = Failure(f"Timeout after {time_limit} s")
+            time_limit = min(2 * time_limit, PATIENCE)
+        except Failure as error:
+            failure = error
+        if room and gives_up(room, failure):
+            log.warning("Gave up on %s: %s", what, failure)
+            return None
+        if str(failure) != cause:
+            cause = str(failure)
+            level = logging.INFO if failure.status == 429 else logging.WARNING
+            log.log(level, "Trouble with %s: %s; trying again", what, cause)
+        # An attempt that took long has waited already.
+        delay = min(2 * delay, MAX_DELAY) if time.monotonic() - began < 5 else 0.25
+        told = turn(room, failure) if room else failure.retry_after
+        await asyncio.sleep(told or delay * random.uniform(0.25, 0.5))
+
+
+def gives_up(room: Room, failure: "Failure") -> bool:
+    """Tell whether a request is given up: it is wrong itself, or the room fails for long."""
+    if failure.is_awaited or failure.refusal in (400, 413):
+        return not failure.is_awaited
+    if room.failing_since is None:
+        room.failing_since = room.client.synced_for
+    # From then on each request gets one attempt, until one succeeds.
+    return room.client.synced_for - room.failing_since >= PATIENCE
+
+
+def turn(room: Room, failure: "Failure") -> float:
+    """Return the s that a room was told to wait, or more: those that wait go one by one."""
+    retries, now = room.client.retries, time.monotonic()
+    before = sum(now < at for room_id, at in retries.items() if room_id != room.room_id)
+    seconds = min(failure.retry_after * (before + 1), 2 * MAX_DELAY)
+    retries[room.room_id] = now + seconds
+    return seconds
+
+
 class Failure(Exception):
     """A request that failed; its text says why and quotes no message."""
 
@@ -445,136 +517,46 @@ def failure_of(status: int, content: Any, headers: Any) -> Failure:
     failure.is_awaited = status == 429 or (status in (401, 403) and errcode in BLOCKED)
     if errcode and 400 <= status < 500 and not failure.is_awaited:
         failure.refusal = status  # What stands before a homeserver has no errcode.
-    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000 or told_to_wait(headers)
+    told = headers.get("Retry-After", "")
+    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000  # more exact
+    with suppress(ValueError):
+        seconds = seconds or float(told)
+    with suppress(ValueError, TypeError):  # A date, by the server's clock: ours may be wrong.
+        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
+        seconds = (until - now).total_seconds()
     failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
     return failure
 
 
-def told_to_wait(headers: Any) -> float:
-    """Return the s until Retry-After, 0 if it is missing or malformed (RFC 9110, 10.2.3)."""
-    told = headers.get("Retry-After", "")
-    with suppress(ValueError):
-        return float(told)
-    with suppress(ValueError, TypeError):  # By the server's clock: ours may be wrong.
-        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
-        return (until - now).total_seconds()
-    return 0
-
-
 class Client(AsyncClient):
-    """nio's client, but a request returns JSON or raises Failure, and `persist` repeats it."""
+    """nio's client, but each request is made once, and returns JSON or raises Failure."""
 
     def __init__(self, user: str, state: "State") -> None:
         super().__init__("", user)
         self.state, device = state, part(state.session, str, "device_id") or "ECHOBOT"
         token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
         self.restore_login(user, device, token)
-        self.inviters = re.split(r"[\s,]+", setting("MATRIX_INVITERS", "*"))
-        self.slots = asyncio.Semaphore(MAX_BUSY)
+        form, example = r"""((?=\S*[:*])[@*?[][^@;'"\s]*\s*)+""", "@me:x.org @*:y.org"
+        self.inviters = re.split("[ ,]+", setting("MATRIX_INVITERS", "*", form, example))
         self.told = set[str]()  # invitations: some homeservers tell them in every response
-        self.limited = 0  # requests that wait after a 429
+        self.slots = asyncio.Semaphore(MAX_BUSY)
+        self.retries: dict[str, float] = {}  # by room ID, monotonic s
         self.hold = random.randrange(1, 1000)  # ms, another each time: a failure may be cached
         self.synced_for, self.synced_at, self.refused_at = 0.0, time.monotonic(), 0.0  # s
+        self.position = ""
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
     def use(self, homeserver: str) -> None:
         """Send requests to this base URL, through the proxy that the environment names for it."""
-        if not (url := re.fullmatch(URL, homeserver)):
+        if not (url := re.fullmatch(rf"(https?)://{HOST}(/[^?#]*)?", homeserver)):
             stop(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
         self.homeserver, proxies = homeserver.rstrip("/"), getproxies()
         proxy = "" if proxy_bypass(url[2]) else proxies.get(url[1]) or proxies.get("all", "")
         self.http_proxy = proxy and re.sub("^(?!.*://)", "http://", proxy)
         if not re.fullmatch(rf"(https?://([^@/]*@)?{HOST}/?)?", self.http_proxy):
             stop(78, f"{url[1].upper()}_PROXY or ALL_PROXY is not like http://proxy.example:3128")
-
-    async def discover(self) -> str:
-        """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
-        name, last = self.user.partition(":")[2], part(self.state.session, str, "homeserver")
-        self.use("https://" + re.sub(r":\d+$", "", name))
-        try:
-            return str(part(await self.discovery_info(), str, "m.homeserver", "base_url") or last)
-        except Failure as failure:
-            if not last and failure.status != 404:
-                raise
-            return str(last) or f"https://{name}"
-
-    async def log_in(self) -> None:
-        """Log in, on the same device as before; end the process if that is refused."""
-        token, password = setting("MATRIX_ACCESS_TOKEN"), setting("MATRIX_PASSWORD")
-        try:
-            found: Any = await (self.whoami() if token else self.login(password))
-        except Failure as failure:
-            if not failure.refusal:
-                raise
-            check = f"MATRIX_USER and MATRIX_{'ACCESS_TOKEN' if token else 'PASSWORD'}"
-            why = f"{self.homeserver} refuses {self.user}: {failure}"
-            stop(77, f"{why}; check {check}, and MATRIX_HOMESERVER")
-        if found["user_id"] != self.user:
-            stop(78, f"the login is of {found['user_id']}: set MATRIX_USER to that")
-        device = part(found, str, "device_id") or str(self.device_id)
-        new_token = found.get("access_token", "")  # One that was given is not saved.
-        self.restore_login(self.user, device, token or new_token)
-        self.state.save_session(user_id=self.user, device_id=device, access_token=new_token)
-
-    async def poll(self, since: str) -> tuple[str, JSON]:
-        """Return a position and what came after it: `since`, or "" if that is refused for long."""
-        hold, self.hold = self.hold, random.randrange(1, 1000)
-        try:
-            response: Any = await self.sync(hold, sync_filter(since), since)
-        except Failure as failure:
-            if failure.refusal == 401:
-                await self.log_in()  # Only here: others are repeated with the new token.
-            is_refused = since and failure.refusal in (400, 404)
-            self.refused_at = (self.refused_at or time.monotonic()) if is_refused else 0
-            if not is_refused or time.monotonic() - self.refused_at < MAX_DELAY:
-                raise
-            log.error("next_batch %s is refused, what came since is lost: starting from now", since)
-            return await self.poll("")
-        now = time.monotonic()
-        self.synced_for += min(now - self.synced_at, SYNC_TIMEOUT / 1000)
-        self.synced_at, self.refused_at, self.hold = now, 0, SYNC_TIMEOUT
-        self.position = response["next_batch"]
-        return since, response
-
-    async def persist(self, request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
-        """Repeat a request until it succeeds; return its response, or None if the room gives up."""
-        delay, time_limit, cause = 0.25, MAX_DELAY, ""
-        while True:
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(time_limit):
-                    response = await request()
-                if room:
-                    room.failing_since = None
-                if cause:
-                    log.info("No more trouble with %s", what)
-                return response
-            except TimeoutError:
-                failure = Failure(f"Timeout after {time_limit} s")
-                time_limit = min(2 * time_limit, PATIENCE)
-            except Failure as error:
-                failure = error
-            if room and room.gives_up(failure):
-                log.warning("Gave up on %s: %s", what, failure)
-                return None
-            if str(failure) != cause:
-                cause = str(failure)
-                level = logging.INFO if failure.status == 429 else logging.WARNING
-                log.log(level, "Trouble with %s: %s; trying again", what, cause)
-            # An attempt that took long has waited already.
-            delay = min(2 * delay, MAX_DELAY) if time.monotonic() - began < 5 else 0.25
-            await self.pause(failure, delay * random.uniform(0.25, 0.5))
-
-    async def pause(self, failure: Failure, delay: float) -> None:
-        """Sleep for as long as the homeserver says, or so many s; those that it limits, in turn."""
-        self.limited += failure.status == 429
-        try:
-            told = failure.retry_after * max(1, self.limited)
-            await asyncio.sleep(min(told, 2 * MAX_DELAY) or delay)
-        finally:
-            self.limited -= failure.status == 429
 
     async def _send(
         self, response_class: Any, method: str, path: str, data: Any = None, *_: Any, **__: Any
@@ -603,6 +585,37 @@ class Client(AsyncClient):
         if response.status == 200 and isinstance(content, dict) and is_complete:
             return content
         raise failure_of(response.status, content, response.headers)
+
+
+async def discover(client: Client) -> str:
+    """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
+    name, last = client.user.partition(":")[2], part(client.state.session, str, "homeserver")
+    client.use("https://" + re.sub(r":\d+$", "", name))
+    try:
+        return str(part(await client.discovery_info(), str, "m.homeserver", "base_url") or last)
+    except Failure as failure:
+        if not last and failure.status != 404:
+            raise
+        return str(last) or f"https://{name}"
+
+
+async def log_in(client: Client) -> None:
+    """Log in, on the same device as before; end the process if that is refused."""
+    token, password = setting("MATRIX_ACCESS_TOKEN"), setting("MATRIX_PASSWORD")
+    try:
+        found: Any = await (client.whoami() if token else client.login(password))
+    except Failure as failure:
+        if not failure.refusal:
+            raise
+        check = f"MATRIX_USER and MATRIX_{'ACCESS_TOKEN' if token else 'PASSWORD'}"
+        why = f"{client.homeserver} refuses {client.user}: {failure}"
+        stop(77, f"{why}; check {check}, and MATRIX_HOMESERVER")
+    if found["user_id"] != client.user:
+        stop(78, f"the login is of {found['user_id']}: set MATRIX_USER to that")
+    device = part(found, str, "device_id") or str(client.device_id)
+    new_token = found.get("access_token", "")  # One that was given is not saved.
+    client.restore_login(client.user, device, token or new_token)
+    client.state.save_session(user_id=client.user, device_id=device, access_token=new_token)
 
 
 class State:
@@ -640,22 +653,17 @@ class State:
         rooms = [line.partition(" ") for line in lines if line.startswith("!")]
         self.behind = {room_id: position for room_id, _, position in rooms}
 
-    def save_positions(self, next_batch: str, positions: dict[str, str | None]) -> None:
-        """Save up to where all is done, and from where rooms have to be read that owe replies."""
-        lines = [f"{i} {position}" for i, position in positions.items() if position is not None]
-        self.save("next_batch", "\n".join([next_batch, *lines]))
-
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
         self.session |= changes
-        self.save("session.json", json.dumps(self.session))
+        self.save("session.json", [json.dumps(self.session)])
 
-    def save(self, name: str, text: str) -> None:
+    def save(self, name: str, lines: list[str]) -> None:
         """Replace a file whole, or say once that it can't be done: answering goes on without."""
         temporary = self.directory / f"{name}.tmp"
         try:
             temporary.touch(0o600)
-            temporary.write_text(text)
+            temporary.write_text("\n".join(lines))
             with temporary.open() as file:
                 os.fsync(file.fileno())
             temporary.replace(self.directory / name)
@@ -666,11 +674,6 @@ class State:
             self.unsaved.add(name)
         with suppress(OSError):  # Not every file system can.
             os.fsync(self.descriptor)
-
-
-def by_id(events: list[Any]) -> Events:
-    """Return events by event ID; what has none is no event."""
-    return {i: event for event in events if (i := part(event, str, "event_id"))}
 
 
 def part(whole: Any, kind: type, *path: str) -> Any:
