@@ -44,7 +44,6 @@ import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from functools import partial
@@ -64,13 +63,14 @@ MAX_DELAY = 60  # s between two attempts, twice that if told so; s that the firs
 PATIENCE = 600  # s that a room may fail while syncs succeed, and that any attempt may take
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 500  # rooms that are answered at a time: often only 1,024 files may be open
-MAX_KEPT = 1000  # events of a room that wait, and event IDs that are remembered
+MAX_REMEMBERED = 1000  # event IDs of a room
 MAX_EMPTY_PAGES = 100  # in a row, about a second each
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by the names of nio's responses.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
-HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[1-6]?\d{1,4})?"
+PORT = r"(:(6553[0-5]|655[0-2]\d|65[0-4]\d\d|6[0-4]\d{3}|[1-5]?\d{1,4}))?"
+HOST = rf"([\w.-]+|\[[\da-fA-F:.]+\]){PORT}"
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
 Events = dict[str, JSON]  # by event ID, oldest first unless told
@@ -116,7 +116,7 @@ async def main() -> None:
         await persist(lambda: log_in(client), f"the login at {client.homeserver}")
     state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
-    await guarded(sync_forever(client))
+    await guarded(sync_forever(client, state))
 
 
 def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "UTF-8") -> str:
@@ -144,28 +144,27 @@ async def guarded(work: Awaitable[Any]) -> Any:
         stop(1, "ended by a bug")
 
 
-async def sync_forever(client: "Client") -> None:
+async def sync_forever(client: "Client", state: "State") -> None:
     """Hand what each sync response brings to its rooms, save what is done, and poll on."""
-    rooms, next_batch, older = dict[str, Room](), client.state.next_batch, None
-    for room_id, position in client.state.behind.items():
-        rooms[room_id] = Room(client, room_id)
-        receive(rooms[room_id], {"timeline": {"limited": True}}, position, next_batch)
+    next_batch, older = state.next_batch, None
     while True:
         began = time.monotonic()
         request = persist(partial(poll, client, next_batch), "the sync")
         polling = asyncio.create_task(guarded(request))
-        if next_batch:
-            behind = [f"{i} {room.since}" for i, room in rooms.items() if room.since is not None]
-            await asyncio.to_thread(client.state.save, "next_batch", [next_batch, *behind])
+        if older:
+            behind = {i: room.pending[0] for i, room in client.known_rooms.items() if room.pending}
+            await asyncio.to_thread(state.save_positions, next_batch, behind)
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=MAX_DELAY)
         since, response = polling.result()
         next_batch = response["next_batch"]
-        answering = hand_out(response, since, rooms, client)
         if not older:
             notify("READY=1")
-            older = asyncio.create_task(guarded(follow_older(rooms, client)))
+            for room_id, position in state.behind.items():
+                start(client.room(room_id), {"limited": True}, position, next_batch)
+            older = asyncio.create_task(guarded(follow_older(client)))
+        answering = hand_out(client, response, since)
         # Neither too far ahead of the replies, nor in a rush if there is nothing new.
         if answering:
             await asyncio.wait(answering, timeout=INTERVAL)
@@ -205,82 +204,58 @@ def sync_filter(since: str) -> JSON:
     return {"room": room, "presence": nothing, "account_data": nothing}
 
 
-def hand_out(response: JSON, since: str, rooms: dict[str, "Room"], client: "Client") -> list[Task]:
+def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     """Hand each room its part of a sync response; return the tasks that answer what is new."""
     joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
-    for room_id in {*joined, *invited} - rooms.keys():
-        rooms[room_id] = Room(client, room_id)
     for room_id in invited.keys() - client.told:
-        invite(rooms[room_id], invited[room_id], since)
+        invite(client.room(room_id), invited[room_id], since)
     client.told = set(invited)
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
-    tasks = [receive(rooms[i], joined[i], since, response["next_batch"]) for i in joined]
-    return [task for task in tasks if task]
+    timelines = {room_id: part(joined[room_id], dict, "timeline") for room_id in joined}
+    heard = {i for timeline in timelines.values() for i in by_id(part(timeline, list, "events"))}
+    is_new, client.heard = heard - client.heard, heard
+    tasks = [start(client.room(i), timelines[i], since, response["next_batch"]) for i in joined]
+    return tasks if is_new else []
 
 
-async def follow_older(rooms: dict[str, "Room"], client: "Client") -> None:
+async def follow_older(client: "Client") -> None:
     """Follow the invitations from before the saved position, which no other sync tells."""
     hold = random.randrange(1, 1000)  # ms: or Synapse repeats what it told the life before
     request = partial(client.sync, hold, sync_filter(""))
-    hand_out(await persist(request, "the sync for older invitations"), "", rooms, client)
+    hand_out(client, await persist(request, "the sync for older invitations"), "")
 
 
-@dataclass
 class Room:
     """A room, and what is remembered of it until the process ends."""
 
-    client: "Client"
-    room_id: str
-    since: str | None = None  # the position that it is answered up to; None: the newest one
-    upto: str = ""  # the position that it is to be answered up to; "": it is
-    timeline: Events = field(default_factory=dict)  # what came up to there
-    is_whole: bool = False  # Nothing is left out of the timeline.
-    answering: Task | None = None
-    joining: Task | None = None
-    answered: dict[str, None] = field(default_factory=dict)  # event IDs that may be repeated
-    tried: str = ""  # the last transaction ID
-    failing_since: float | None = None  # s of successful syncs
-    has_notice: bool = False  # that it is encrypted
+    def __init__(self, client: "Client", room_id: str) -> None:
+        self.client, self.room_id = client, room_id
+        self.pending: list[str] = []  # the positions from which something is not answered yet
+        self.turn = asyncio.Lock()  # timelines are answered one after the other
+        self.joining: Task | None = None
+        self.answered: dict[str, None] = {}  # event IDs, as later timelines may repeat them
+        self.tried = ""  # the last transaction ID
+        self.failing_since: float | None = None  # s of successful syncs
+        self.has_notice = False  # that it is encrypted
 
 
-def receive(room: Room, joined: JSON, since: str, next_batch: str) -> Task | None:
-    """Return the task that answers what came between two positions, if that is new."""
-    events = by_id(part(joined, list, "timeline", "events"))
-    is_limited = part(joined, bool, "timeline", "limited")
-    is_new = events.keys() - room.answered.keys() - room.timeline.keys()
-    if not is_new and (events or not is_limited):
-        return None
-    if room.since is None:
-        room.since, room.is_whole = since, True
-    # The first timeline after a join may reach into the time before.
-    is_limited |= any(own_membership(room, event) == "join" for event in events.values())
-    if is_limited or len(room.timeline) > MAX_KEPT:
-        room.timeline, room.is_whole = {}, False
-    room.timeline |= events
-    room.upto = next_batch
-    return wake(room)
+def start(room: Room, timeline: JSON, since: str, upto: str) -> Task:
+    """Start to answer what came to a room between two positions, after what came before."""
+    room.pending.append(since)
+    return asyncio.create_task(guarded(answer_timeline(room, timeline, since, upto)))
 
 
-def wake(room: Room) -> Task:
-    """Return the task that answers what is unread."""
-    if not room.answering or room.answering.done():
-        room.answering = asyncio.create_task(guarded(answer_unread(room)))
-    return room.answering
-
-
-async def answer_unread(room: Room) -> None:
-    """Answer what is unread, and what comes meanwhile."""
-    while room.upto:
-        upto, timeline, is_whole = room.upto, room.timeline, room.is_whole
-        room.upto, room.timeline, room.is_whole = "", {}, True
-        async with room.client.slots:
-            await answer_events(
-                room, timeline if is_whole else await read_back(room, upto, timeline)
-            )
-        room.since = upto
-    if not room.joining or room.joining.done():
-        room.since = None
+async def answer_timeline(room: Room, timeline: JSON, since: str, upto: str) -> None:
+    """Answer a timeline, and what it leaves out."""
+    async with room.turn, room.client.slots:
+        events = by_id(part(timeline, list, "events"))
+        # The first one after a join may reach into the time before.
+        is_first = any(own_membership(room, event) == "join" for event in events.values())
+        if is_first or part(timeline, bool, "limited"):
+            events = await read_back(room, since, upto, events)
+        await answer_events(room, events)
+    room.pending.remove(since)
 
 
 async def answer_events(room: Room, events: Events) -> None:
@@ -301,7 +276,7 @@ async def answer_events(room: Room, events: Events) -> None:
             # Without its text, which may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.room_id, frames)
-    room.answered = dict.fromkeys(list(room.answered)[-MAX_KEPT:])
+    room.answered = dict.fromkeys(list(room.answered)[-MAX_REMEMBERED:])
 
 
 def replied(room: Room, events: Events) -> set[str]:
@@ -370,20 +345,20 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
     return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
 
 
-async def read_back(room: Room, upto: str, timeline: Events) -> Events:
-    """Return what came between `since` and a position, oldest first.
+async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
+    """Return what came between two positions, oldest first.
 
     What comes late from other homeservers has its place among the events that were known.
     """
-    known = await known_at(room, room.since or "")
+    known = await known_at(room, since)
     border, read, start, tries = set(known), Events(), upto, 0  # read: newest first
     while start and tries < MAX_EMPTY_PAGES:
         chunk, before = await read_page(room, start, 100)
         # A homeserver's worker that lags leaves a hole before the timeline.
-        is_hole = not read and timeline and not chunk.keys() & timeline.keys() and tries < 9
+        is_hole = not read and chunk and timeline and not chunk.keys() & timeline.keys()
         tries = tries + 1 if is_hole or chunk.keys() <= read.keys() else 0
         await asyncio.sleep(min(tries / 4, 1))
-        if is_hole:
+        if is_hole and tries < 9:
             continue
         start, read = before, read | chunk
         if not known:  # All is done up to the invitation, or to what has a reply.
@@ -415,7 +390,10 @@ async def known_at(room: Room, position: str) -> list[str]:
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
     """Return events before a position, newest first, and the position before them."""
     back = MessageDirection.back
-    request = partial(room.client.room_messages, room.room_id, start, None, back, limit)
+    # Homeservers cap the limit at 100; that of the filter only Dendrite heeds, where it has to be
+    # large: where pages meet, events of the same depth are left out.
+    only = {"limit": 1000} if limit > 1 else None
+    request = partial(room.client.room_messages, room.room_id, start, None, back, limit, only)
     page = await persist(request, f"reading {room.room_id}", room)
     return by_id(part(page, list, "chunk")), part(page, str, "end")
 
@@ -427,27 +405,29 @@ def by_id(events: list[Any]) -> Events:
 
 def invite(room: Room, invited: JSON, since: str) -> None:
     """Follow an invitation that came after a position, and no earlier one any more."""
-    room.since = since if room.since is None else room.since
     if room.joining:
         room.joining.cancel()
-    room.joining = asyncio.create_task(guarded(accept(room, invited)))
+    room.pending.append(since)
+    room.joining = asyncio.create_task(guarded(accept(room, invited, since)))
 
 
-async def accept(room: Room, invited: JSON) -> None:
+async def accept(room: Room, invited: JSON, since: str) -> None:
     """Join the room and answer what was said since the invitation, or reject that."""
     client, room_id, room.failing_since = room.client, room.room_id, None
     events = part(invited, list, "invite_state", "events")
     senders = [part(event, str, "sender") for event in events if own_membership(room, event)]
     inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
-    if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
-        await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
-        log.info("Did not follow the invitation of %s to %s", inviter, room_id)
-    elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
-        log.info("Joined %s, invited by %s", room_id, inviter)
-        client.told.discard(room_id)  # If it is told again, that is another one.
-        # What came after the newest position is in the next timeline.
-        receive(room, {"timeline": {"limited": True}}, "", client.position)
-    wake(room)
+    try:
+        if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
+            await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
+            log.info("Did not follow the invitation of %s to %s", inviter, room_id)
+        elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
+            log.info("Joined %s, invited by %s", room_id, inviter)
+            client.told.discard(room_id)  # If it is told again, that is another one.
+            # What comes after the newest position is in the next timeline.
+            start(room, {"limited": True}, since, client.position)
+    finally:
+        room.pending.remove(since)
 
 
 async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
@@ -538,6 +518,8 @@ class Client(AsyncClient):
         self.restore_login(user, device, token)
         form, example = r"""((?=\S*[:*])[@*?[][^@;'"\s]*\s*)+""", "@me:x.org @*:y.org"
         self.inviters = re.split("[ ,]+", setting("MATRIX_INVITERS", "*", form, example))
+        self.known_rooms: dict[str, Room] = {}
+        self.heard = set[str]()  # the event IDs of the last sync response
         self.told = set[str]()  # invitations: some homeservers tell them in every response
         self.slots = asyncio.Semaphore(MAX_BUSY)
         self.retries: dict[str, float] = {}  # by room ID, monotonic s
@@ -548,12 +530,18 @@ class Client(AsyncClient):
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
+    def room(self, room_id: str) -> Room:
+        """Return a room, and what is remembered of it."""
+        return self.known_rooms.setdefault(room_id, Room(self, room_id))
+
     def use(self, homeserver: str) -> None:
         """Send requests to this base URL, through the proxy that the environment names for it."""
-        if not (url := re.fullmatch(rf"(https?)://{HOST}(/[^?#]*)?", homeserver)):
+        if not (url := re.fullmatch(rf"(https?)://({HOST})(/[^?#]*)?", homeserver)):
             stop(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
         self.homeserver, proxies = homeserver.rstrip("/"), getproxies()
-        proxy = "" if proxy_bypass(url[2]) else proxies.get(url[1]) or proxies.get("all", "")
+        proxy = proxies.get(url[1]) or proxies.get("all", "")
+        if proxy_bypass(url[2]):
+            proxy = ""
         self.http_proxy = proxy and re.sub("^(?!.*://)", "http://", proxy)
         if not re.fullmatch(rf"(https?://([^@/]*@)?{HOST}/?)?", self.http_proxy):
             stop(78, f"{url[1].upper()}_PROXY or ALL_PROXY is not like http://proxy.example:3128")
@@ -594,9 +582,13 @@ async def discover(client: Client) -> str:
     try:
         return str(part(await client.discovery_info(), str, "m.homeserver", "base_url") or last)
     except Failure as failure:
-        if not last and failure.status != 404:
-            raise
-        return str(last) or f"https://{name}"
+        own = f"https://{name}" if failure.status == 404 else ""
+        for url in filter(None, (last, own)):  # It may have failed for a moment only.
+            client.use(url)
+            with suppress(Failure):
+                await client.login_info()
+                return str(url)
+        raise
 
 
 async def log_in(client: Client) -> None:
@@ -615,6 +607,8 @@ async def log_in(client: Client) -> None:
     device = part(found, str, "device_id") or str(client.device_id)
     new_token = found.get("access_token", "")  # One that was given is not saved.
     client.restore_login(client.user, device, token or new_token)
+    if not client.state.session:  # Or another user's position would seem to be ours.
+        client.state.save_positions(client.state.next_batch, client.state.behind)
     client.state.save_session(user_id=client.user, device_id=device, access_token=new_token)
 
 
@@ -645,25 +639,27 @@ class State:
         if owner not in ("", user):
             log.warning("Not using the state of %s", owner)
             text, self.session = "", {}
-            # Or it would seem to be ours as soon as our login is saved.
-            (directory / "next_batch").write_text("")
-        elif owner and not text.strip():
-            log.error("next_batch is missing or empty: starting from now instead")
         self.next_batch, *lines = [line.strip() for line in text.split("\n")]
+        if owner == user and not self.next_batch:
+            log.error("next_batch is missing or empty: starting from now instead")
         rooms = [line.partition(" ") for line in lines if line.startswith("!")]
         self.behind = {room_id: position for room_id, _, position in rooms}
+
+    def save_positions(self, next_batch: str, behind: dict[str, str]) -> None:
+        """Save up to where all is done, but for the rooms that are behind."""
+        self.save("next_batch", "\n".join([next_batch, *map(" ".join, behind.items())]))
 
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
         self.session |= changes
-        self.save("session.json", [json.dumps(self.session)])
+        self.save("session.json", json.dumps(self.session))
 
-    def save(self, name: str, lines: list[str]) -> None:
+    def save(self, name: str, text: str) -> None:
         """Replace a file whole, or say once that it can't be done: answering goes on without."""
         temporary = self.directory / f"{name}.tmp"
         try:
             temporary.touch(0o600)
-            temporary.write_text("\n".join(lines))
+            temporary.write_text(text)
             with temporary.open() as file:
                 os.fsync(file.fileno())
             temporary.replace(self.directory / name)
