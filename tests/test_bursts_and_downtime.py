@@ -2,12 +2,14 @@
 
 import asyncio
 
+import pytest
 from support.bot import Bot
 from support.homeserver import User
 from support.people import People, Room
 from support.proxy import MESSAGES, Proxy
 
 
+@pytest.mark.dendrite
 async def test_burst_from_four_users_is_answered_once(people: People, bot: Bot) -> None:
     """200 commands at once in one room: each is answered once, each sender's in order."""
     users = [people.alice, *[await people.user(f"user{n}-") for n in range(3)]]
@@ -26,6 +28,7 @@ async def test_burst_from_four_users_is_answered_once(people: People, bot: Bot) 
         assert mine == [f"{name} {n}" for n in range(50)]
 
 
+@pytest.mark.dendrite
 async def test_limited_timeline_is_read_oldest_first(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
