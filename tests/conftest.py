@@ -1,11 +1,12 @@
-"""What the tests share: one homeserver for all, and for each a bot and people of its own."""
+"""What the tests share: homeservers for all, and for each a bot and people of its own."""
 
 import os
 from collections.abc import AsyncIterator
 
 import pytest
 from support.bot import Bot, new_bot
-from support.homeserver import Homeserver, running_homeserver
+from support.dendrite import DENDRITE, Dendrite
+from support.homeserver import Homeserver, running, running_homeserver
 from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
 
@@ -15,11 +16,33 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(2 * (os.cpu_count() or 1), 16)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is marked so on both homeservers."""
+    if metafunc.definition.get_closest_marker("dendrite"):
+        metafunc.parametrize("homeserver", ["synapse", "dendrite"], indirect=True)
+
+
 @pytest.fixture(scope="session")
-async def homeserver() -> AsyncIterator[Homeserver]:
-    """A homeserver without rate limits."""
-    async with running_homeserver() as running:
-        yield running
+async def synapse() -> AsyncIterator[Homeserver]:
+    """A Synapse without rate limits."""
+    async with running_homeserver() as homeserver:
+        yield homeserver
+
+
+@pytest.fixture(scope="session")
+async def dendrite() -> AsyncIterator[Homeserver]:
+    """A Dendrite without rate limits."""
+    if not DENDRITE:
+        pytest.skip("ECHOBOT_DENDRITE names no Dendrite, see tests/README.md")
+    async with running(Dendrite) as homeserver:
+        yield homeserver
+
+
+@pytest.fixture
+def homeserver(request: pytest.FixtureRequest) -> Homeserver:
+    """The homeserver that a test runs on."""
+    server: Homeserver = request.getfixturevalue(getattr(request, "param", "synapse"))
+    return server
 
 
 @pytest.fixture
@@ -44,8 +67,8 @@ async def bot(people: People) -> AsyncIterator[Bot]:
 @pytest.fixture
 async def proxy(homeserver: Homeserver) -> AsyncIterator[Proxy]:
     """A proxy in front of the homeserver that passes everything on until told to hurt."""
-    async with running_proxy(homeserver.url) as running:
-        yield running
+    async with running_proxy(homeserver.url) as proxy:
+        yield proxy
 
 
 @pytest.fixture

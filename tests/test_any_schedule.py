@@ -7,6 +7,7 @@ Schedule(...): to replay it, put @example(Schedule(...)) on the test.
 import random
 from dataclasses import dataclass
 
+import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +59,7 @@ def any_fault(chance: random.Random, hits: list[str]) -> Fault:
     return fault
 
 
+@pytest.mark.dendrite
 @tries(few=5)
 @given(SCHEDULES)
 async def test_any_schedule(homeserver: Homeserver, schedule: Schedule) -> None:

@@ -2,23 +2,32 @@
 
 import asyncio
 
+import pytest
 from support.bot import Bot
 from support.homeserver import User
 from support.people import People, Room
 from support.proxy import MESSAGES, Proxy
 
 
-async def test_burst_from_four_users_is_answered_once(people: People, bot: Bot) -> None:
+@pytest.mark.dendrite
+@pytest.mark.parametrize("is_running", [True, False], ids=["running", "down"])
+async def test_burst_from_four_users_is_answered_once(
+    people: People, bot: Bot, is_running: bool
+) -> None:
     """200 commands at once in one room: each is answered once, each sender's in order."""
     users = [people.alice, *[await people.user(f"user{n}-") for n in range(3)]]
     room = await people.room(*users[1:])
     await bot.run()
+    if not is_running:
+        await bot.stop()
 
     async def burst(user: User, name: int) -> None:
         for n in range(50):
             await user.send(room.room_id, f"!replybot {name} {n}")
 
     await asyncio.gather(*(burst(user, name) for name, user in enumerate(users)))
+    if not is_running:
+        await bot.start()
     replies = await room.replies(200)
     assert len(replies) == 200
     for name in range(4):
@@ -26,6 +35,29 @@ async def test_burst_from_four_users_is_answered_once(people: People, bot: Bot) 
         assert mine == [f"{name} {n}" for n in range(50)]
 
 
+@pytest.mark.dendrite
+async def test_other_events_between_commands_change_nothing(room: Room, bot: Bot) -> None:
+    """Said in a downtime, between or behind many events that are no messages, they are in order."""
+
+    async def other(_: int) -> None:
+        await room.user.send_event(room.room_id, "org.example.other", {})
+
+    await bot.run()
+    await bot.stop()
+    for n in range(4):
+        await room.command(n)
+        await other(n)
+    await bot.start()
+    assert await room.replies(4) == ["0", "1", "2", "3"]
+    await bot.stop()
+    await room.command(4)
+    await asyncio.gather(*map(other, range(110)))
+    await room.command(5)
+    await bot.start()
+    assert await room.replies(6) == ["0", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.dendrite
 async def test_limited_timeline_is_read_oldest_first(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:

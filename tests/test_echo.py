@@ -1,8 +1,11 @@
 """What is answered and what is not."""
 
+import pytest
 from support.bot import Bot
 from support.homeserver import PASSWORD
 from support.people import People, Room
+
+pytestmark = pytest.mark.dendrite
 
 ENCRYPTED = {
     "algorithm": "m.megolm.v1.aes-sha2",

@@ -11,6 +11,7 @@ from support.proxy import JOIN, Proxy
 from support.scripted import ALICE, field_of
 
 
+@pytest.mark.dendrite
 async def test_history_before_the_invitation_is_not_answered(people: People, bot: Bot) -> None:
     """In a room with a past, only what follows the invitation counts, also over a downtime."""
     await bot.run()
@@ -26,6 +27,7 @@ async def test_history_before_the_invitation_is_not_answered(people: People, bot
     assert await room.replies(2) == ["invited", "joined"]
 
 
+@pytest.mark.dendrite
 @pytest.mark.parametrize("is_first_start", [True, False])
 async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy, is_first_start: bool
@@ -53,6 +55,7 @@ async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     assert (await room.replies(6))[5:] == ["meanwhile"]
 
 
+@pytest.mark.dendrite
 async def test_commands_around_a_join_are_answered_once(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
@@ -73,6 +76,7 @@ async def test_commands_around_a_join_are_answered_once(
     assert [proxied_bot.log.count(f"Answered {event_id}") for event_id in early] == [1] * 5
 
 
+@pytest.mark.dendrite
 @pytest.mark.parametrize("is_running", [True, False])
 @pytest.mark.parametrize("allowed", ["{alice} @*:example.org", "@*:example.org @alice*:echo*"])
 async def test_only_allowed_inviters_are_followed(

@@ -30,6 +30,7 @@ async def mute(room: Room, is_mute: bool = True) -> None:
     await room.user.request("PUT", path, {**levels, "events_default": 50 if is_mute else 0})
 
 
+@pytest.mark.dendrite
 async def test_bot_kicked_between_command_and_reply(
     people: People, room: Room, quick_bot: Bot, proxy: Proxy
 ) -> None:

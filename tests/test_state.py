@@ -6,6 +6,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import support.proxy as faults
 from support.bot import Bot, eventually
 from support.homeserver import PASSWORD, MatrixError
@@ -79,6 +80,7 @@ async def has_run(room: Room, bot: Bot) -> None:
     assert await bot.stop() == 0
 
 
+@pytest.mark.dendrite
 async def test_unusable_next_batch_is_replaced_by_now(room: Room, bot: Bot) -> None:
     """The log says it loudly; what is said from then on is answered, and nothing older."""
     await has_run(room, bot)

@@ -97,17 +97,16 @@ class User:
 
     async def events(self, room_id: str, *kinds: str) -> list[dict[str, Any]]:
         """Return all events of these types in the room (default: messages), oldest first."""
-        query = {
-            "dir": "f",
-            "limit": 1000,
-            "filter": json.dumps({"types": kinds or ["m.room.message"]}),
-        }
-        events: list[dict[str, Any]] = []
+        # Dendrite loses events between two pages: it gives one, and its last event once more.
+        asked = {"types": kinds or ["m.room.message"], "limit": 100_000}
+        query = {"dir": "f", "limit": 1000, "filter": json.dumps(asked)}
+        query |= self.homeserver.from_the_beginning
+        events: dict[str, dict[str, Any]] = {}
         while True:
             page = await self.request("GET", f"/rooms/{quote(room_id)}/messages", **query)
-            events += page["chunk"]
+            events |= {event["event_id"]: event for event in page["chunk"]}
             if "end" not in page:
-                return events
+                return list(events.values())
             query["from"] = page["end"]
 
     async def devices(self) -> set[str]:
@@ -118,6 +117,10 @@ class User:
 class Homeserver:
     """A Synapse process and its directory; it can be stopped, killed and started again."""
 
+    name = "Synapse"
+    room_versions: tuple[str, ...] = ("11", "12")
+    from_the_beginning: dict[str, str] = {}  # what /messages wants, to read forward
+
     def __init__(
         self, directory: Path, http: aiohttp.ClientSession, settings: dict[str, Any]
     ) -> None:
@@ -126,12 +129,20 @@ class Homeserver:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = directory / "homeserver.log"
         self.process: asyncio.subprocess.Process | None = None
-        key = base64.b64encode(secrets.token_bytes(32)).decode().rstrip("=")
-        (directory / "signing.key").write_text(f"ed25519 a_test {key}\n")
-        log = {"version": 1, "root": {"level": "WARNING"}}
+        self.write_keys(base64.b64encode(secrets.token_bytes(32)).decode().rstrip("="))
         # JSON is YAML.
-        (directory / "log.yaml").write_text(json.dumps(log))
         (directory / "homeserver.yaml").write_text(json.dumps(self.configuration() | settings))
+
+    def write_keys(self, seed: str) -> None:
+        """Write what the configuration refers to; `seed`: of the key that signs its events."""
+        (self.directory / "signing.key").write_text(f"ed25519 a_test {seed}\n")
+        log = {"version": 1, "root": {"level": "WARNING"}}
+        (self.directory / "log.yaml").write_text(json.dumps(log))
+
+    def command(self) -> list[str]:
+        """Return the command that starts it."""
+        configuration = str(self.directory / "homeserver.yaml")
+        return [sys.executable, "-m", "synapse.app.homeserver", "-c", configuration]
 
     def configuration(self) -> dict[str, Any]:
         """Return what homeserver.yaml has for any test."""
@@ -156,12 +167,11 @@ class Homeserver:
         }
 
     async def start(self) -> None:
-        """Start Synapse and return once it answers; raise RuntimeError if it does not come up."""
-        command = ("-m", "synapse.app.homeserver", "-c", str(self.directory / "homeserver.yaml"))
+        """Start it and return once it answers; raise RuntimeError if it does not come up."""
         with self.log.open("a") as log:
             self.process = process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *command,
+                *self.command(),
+                cwd=self.directory,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -173,16 +183,16 @@ class Homeserver:
                 await self.request("GET", "/_matrix/client/versions")
                 return
             await asyncio.sleep(0.05)
-        raise RuntimeError(f"Synapse did not start: {self.log.read_text()[-2000:]}")
+        raise RuntimeError(f"{self.name} did not start: {self.log.read_text()[-2000:]}")
 
     async def stop(self, number: int = signal.SIGTERM) -> None:
-        """Stop Synapse, in order unless told."""
+        """Stop it, in order unless told."""
         if self.process is not None and self.process.returncode is None:
             self.process.send_signal(number)
             await self.process.wait()
 
     async def kill(self) -> None:
-        """Stop Synapse as a power cut would."""
+        """Stop it as a power cut would."""
         await self.stop(signal.SIGKILL)
 
     async def request(
@@ -222,11 +232,20 @@ class Homeserver:
 async def running_homeserver(
     settings: dict[str, Any] | None = None, drop: Iterable[str] = ()
 ) -> AsyncIterator[Homeserver]:
-    """Run a homeserver for the length of the block: no rate limits, but Synapse's for `drop`."""
+    """Run a Synapse for the length of the block: no rate limits, but its own for `drop`."""
     limits = {name: limit for name, limit in NO_RATE_LIMITS.items() if name not in drop}
+    async with running(Homeserver, limits | (settings or {})) as homeserver:
+        yield homeserver
+
+
+@asynccontextmanager
+async def running(
+    kind: type[Homeserver], settings: dict[str, Any] | None = None
+) -> AsyncIterator[Homeserver]:
+    """Run a homeserver for the length of the block, in a directory of its own."""
     with TemporaryDirectory(prefix="echobot-homeserver-") as directory:
         async with aiohttp.ClientSession() as http:
-            homeserver = Homeserver(Path(directory), http, limits | (settings or {}))
+            homeserver = kind(Path(directory), http, settings or {})
             try:
                 await homeserver.start()
                 yield homeserver

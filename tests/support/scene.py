@@ -132,11 +132,11 @@ class Scene:
 async def new_scene(
     homeserver: Homeserver, speed: float = 1, seed: int = 0, **environment: Any
 ) -> AsyncIterator[Scene]:
-    """Make a scene with a room of version 11 and one of version 12; its bot was never started."""
+    """Make a scene with a room of each of two versions; its bot was never started."""
     people = await new_people(homeserver)
     async with (
         running_proxy(homeserver.url, speed=speed) as proxy,
         new_bot(proxy.url, speed, MATRIX_USER=people.bot_id, **environment) as bot,
     ):
-        rooms = [await people.room(room_version=version) for version in ("11", "12")]
+        rooms = [await people.room(room_version=version) for version in homeserver.room_versions]
         yield Scene(people, bot, proxy, random.Random(seed), rooms)
