@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from support.bot import Bot, new_bot
+from support.federation import Federation, running_federation
 from support.homeserver import Homeserver, running_homeserver
 from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
@@ -19,6 +20,13 @@ def pytest_xdist_auto_num_workers() -> int:
 async def homeserver() -> AsyncIterator[Homeserver]:
     """A homeserver without rate limits."""
     async with running_homeserver() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+async def federation() -> AsyncIterator[Federation]:
+    """Two homeservers that federate, besides the other one, for the tests that need them."""
+    async with running_federation() as running:
         yield running
 
 

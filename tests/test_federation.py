@@ -1,0 +1,108 @@
+"""What is said on another homeserver counts as much, whenever and however it comes to the bot's."""
+
+import asyncio
+
+import pytest
+import support.proxy as faults
+from support.bot import Bot
+from support.federation import FarPeople, Federation, arrives
+
+BACKFILL = "GET .*/backfill/"  # a homeserver asks another one for what is missing
+
+
+@pytest.fixture
+async def people(federation: Federation) -> FarPeople:
+    """An account for the bot and people on both homeservers."""
+    return await federation.new_people()
+
+
+async def test_outage_between_homeservers_costs_nothing(
+    federation: Federation, people: FarPeople, bot: Bot
+) -> None:
+    """30 commands said during an outage, with and without others around it: all answered once.
+
+    What comes after it is the newest event and ten before; the others have to be asked for.
+    """
+    await bot.run()
+    quiet, busy = [await people.far_room() for _ in range(2)]
+    await busy.command(*range(10))
+    async with federation.cut_off() as (cut, _):
+        for room in (quiet, busy):
+            await room.command(*range(10, 40))
+        await cut.happens()
+        asked = federation.far.front.count(BACKFILL)
+    await busy.command(*range(40, 50))
+    assert await quiet.replies(30) == [str(n) for n in range(10, 40)]
+    assert await busy.replies(50) == [str(n) for n in range(50)]
+    assert federation.far.front.count(BACKFILL) > asked
+
+
+async def test_invitation_from_another_homeserver_while_down(people: FarPeople, bot: Bot) -> None:
+    """Three commands before the bot is back are answered, what precedes the invitation is not."""
+    await bot.run()
+    await bot.stop()
+    room = await people.far_room(is_bot_in=False)
+    await room.command("history")
+    await people.bob.invite(room.room_id, people.bot_id)
+    await room.command(*range(3))
+    await bot.start()
+    await room.bot_is("join")
+    assert await room.replies(3) == ["0", "1", "2"]
+    await room.command(3)
+    assert await room.replies(4) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("answered_before", [0, 50])
+async def test_event_that_came_late_is_found_below_newer_ones(
+    federation: Federation, people: FarPeople, bot: Bot, answered_before: int
+) -> None:
+    """The newest event, whose place is below 131 of 150 others, is answered and hides none of them.
+
+    It comes while the bot is down, which answered none yet, or was killed in their middle.
+    """
+    room, far = await people.shared_room()
+    await bot.run()
+    await bot.kill()
+    await arrives(await room.command(*range(18)), room.room_id, people.bob)
+    async with federation.cut_off() as (cut, _):
+        late = await far.command("late")
+        await room.command(*range(18, 150))
+        if answered_before:
+            await bot.start()
+            await room.replies(answered_before)
+            await bot.kill()
+        await cut.happens()
+    await arrives(late, room.room_id, people.account)
+    if answered_before:
+        await room.command(150)
+    await bot.start()
+    count = 150 + bool(answered_before)
+    replies = await room.replies(count + 1)
+    assert [reply for reply in replies if reply != "late"] == [str(n) for n in range(count)]
+    assert replies.count("late") == 1
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_room_joined_only_in_part_is_answered(
+    federation: Federation, people: FarPeople, bot: Bot, is_killed: bool
+) -> None:
+    """What is said while the homeserver still asks for the room's members is answered by the end.
+
+    Until then Synapse gives no older messages, and leaves the room out of ordinary syncs.
+    """
+    await bot.run()
+    until = asyncio.Event()
+    with federation.far.front.inject(faults.hold(until.wait), "/state_ids/") as held:
+        room = await people.far_room(is_bot_in=False)
+        await people.bob.invite(room.room_id, people.bot_id)
+        await room.command("invited")
+        await room.bot_is("join")
+        await held.happens()
+        await arrives(await room.command(*range(20)), room.room_id, people.account)
+        if is_killed:
+            await bot.kill()
+            await bot.start()
+            await bot.logs("Logged in as", times=2)
+        await arrives(await room.command(20), room.room_id, people.account)
+        until.set()
+    assert await room.replies(22) == ["invited", *(str(n) for n in range(21))]
