@@ -5,9 +5,17 @@ import asyncio
 import pytest
 import support.proxy as faults
 from support.bot import Bot
-from support.federation import FarPeople, Federation, arrives
+from support.federation import FarPeople, FarRoom, Federation, arrives
+from support.homeserver import Homeserver
+from support.proxy import Proxy
 
 BACKFILL = "GET .*/backfill/"  # a homeserver asks another one for what is missing
+
+
+@pytest.fixture(scope="session")
+def homeserver(federation: Federation) -> Homeserver:
+    """The bot's."""
+    return federation.near.homeserver
 
 
 @pytest.fixture
@@ -41,7 +49,7 @@ async def test_invitation_from_another_homeserver_while_down(people: FarPeople, 
     """Three commands before the bot is back are answered, what precedes the invitation is not."""
     await bot.run()
     await bot.stop()
-    room = await people.far_room(is_bot_in=False)
+    room = FarRoom(await people.bob.create_room(), people.bob, people.bot_id, people.account)
     await room.command("history")
     await people.bob.invite(room.room_id, people.bot_id)
     await room.command(*range(3))
@@ -50,6 +58,59 @@ async def test_invitation_from_another_homeserver_while_down(people: FarPeople, 
     assert await room.replies(3) == ["0", "1", "2"]
     await room.command(3)
     assert await room.replies(4) == ["0", "1", "2", "3"]
+
+
+async def test_outage_in_a_room_that_goes_on_on_both_sides(
+    federation: Federation, people: FarPeople, bot: Bot
+) -> None:
+    """What the others said comes after it, and its place is below more than a page of messages."""
+    room, far = await people.shared_room()
+    await bot.run()
+    async with federation.cut_off() as (cut, _):
+        await far.command(*(f"far {n}" for n in range(30)))
+        await room.command(*range(60))
+        assert await room.replies(60) == [str(n) for n in range(60)]
+        await cut.happens()
+    replies = await room.replies(90)
+    assert replies == [*(str(n) for n in range(60)), *(f"far {n}" for n in range(30))]
+
+
+async def test_kill_amid_what_is_read_back_after_an_outage(
+    federation: Federation, people: FarPeople, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """What was fetched from the other homeserver for a bot that was killed is new for the next."""
+    room = await people.far_room()
+    await proxied_bot.run()
+    await room.command("before")
+    await room.replies(1)
+    with proxy.inject(faults.silence, faults.SEND) as sends:
+        async with federation.cut_off():
+            await room.command(*range(30))
+        await sends.happens()
+        await proxied_bot.kill()
+    await proxied_bot.start()
+    assert await room.replies(31) == ["before", *(str(n) for n in range(30))]
+
+
+async def test_somebody_else_reads_back_first_after_an_outage(
+    federation: Federation, people: FarPeople, bot: Bot
+) -> None:
+    """What was fetched from the other homeserver for them is new for the bot."""
+    room = await people.far_room()
+    await people.bob.invite(room.room_id, people.alice.user_id)
+    await people.alice.join(room.room_id)
+    await bot.run()
+    await room.command("before")
+    await room.replies(1)
+    await bot.kill()
+    async with federation.cut_off():
+        newest = await room.command(*range(30))
+    await arrives(people.alice, room.room_id, newest)
+    path, asked = f"/rooms/{room.room_id}/messages", federation.far.front.count(BACKFILL)
+    await people.alice.request("GET", path, dir="b", limit=50)
+    assert federation.far.front.count(BACKFILL) > asked
+    await bot.start()
+    assert await room.replies(31) == ["before", *(str(n) for n in range(30))]
 
 
 @pytest.mark.parametrize("answered_before", [0, 50])
@@ -63,7 +124,7 @@ async def test_event_that_came_late_is_found_below_newer_ones(
     room, far = await people.shared_room()
     await bot.run()
     await bot.kill()
-    await arrives(await room.command(*range(18)), room.room_id, people.bob)
+    await arrives(people.bob, room.room_id, await room.command(*range(18)))
     async with federation.cut_off() as (cut, _):
         late = await far.command("late")
         await room.command(*range(18, 150))
@@ -72,7 +133,7 @@ async def test_event_that_came_late_is_found_below_newer_ones(
             await room.replies(answered_before)
             await bot.kill()
         await cut.happens()
-    await arrives(late, room.room_id, people.account)
+    await arrives(people.account, room.room_id, late)
     if answered_before:
         await room.command(150)
     await bot.start()
@@ -93,16 +154,15 @@ async def test_room_joined_only_in_part_is_answered(
     await bot.run()
     until = asyncio.Event()
     with federation.far.front.inject(faults.hold(until.wait), "/state_ids/") as held:
-        room = await people.far_room(is_bot_in=False)
-        await people.bob.invite(room.room_id, people.bot_id)
+        room = await people.far_invite()
         await room.command("invited")
         await room.bot_is("join")
         await held.happens()
-        await arrives(await room.command(*range(20)), room.room_id, people.account)
+        await arrives(people.account, room.room_id, await room.command(*range(20)))
         if is_killed:
             await bot.kill()
             await bot.start()
             await bot.logs("Logged in as", times=2)
-        await arrives(await room.command(20), room.room_id, people.account)
+        await arrives(people.account, room.room_id, await room.command(20))
         until.set()
     assert await room.replies(22) == ["invited", *(str(n) for n in range(21))]

@@ -62,18 +62,25 @@ class FarRoom(Room):
                 raise
             return []  # It is not in the room yet.
 
-
-async def arrives(event_id: str, room_id: str, user: User) -> None:
-    """Wait until an event is there at a user's homeserver."""
-    path = f"/rooms/{quote(room_id)}/event/{quote(event_id)}"
-
-    async def is_there() -> bool:
+    async def is_full(self) -> bool:
+        """Tell whether the account is in the room, once both homeservers know all members."""
+        await self.user.members(self.room_id)
         with suppress(MatrixError):
-            await user.request("GET", path)
-            return True
+            return bool(await self.account.members(self.room_id))
         return False
 
-    await eventually(is_there, what=f"the arrival of {event_id}")
+
+async def has(user: User, room_id: str, event_id: str) -> bool:
+    """Tell whether an event is there at a user's homeserver."""
+    with suppress(MatrixError):
+        await user.request("GET", f"/rooms/{quote(room_id)}/event/{quote(event_id)}")
+        return True
+    return False
+
+
+async def arrives(user: User, room_id: str, event_id: str) -> None:
+    """Wait until an event is there at a user's homeserver."""
+    await eventually(lambda: has(user, room_id, event_id), what=f"the arrival of {event_id}")
 
 
 @dataclass
@@ -86,16 +93,20 @@ class FarPeople(People):
         """Return a room as bob sees it."""
         return FarRoom(room.room_id, self.bob, self.bot_id, self.account)
 
-    async def far_room(self, is_bot_in: bool = True) -> FarRoom:
-        """Create a room of bob, with the bot's account in it unless told."""
-        room_id = await self.bob.create_room(*[self.bot_id] * is_bot_in)
-        if is_bot_in:
-            await self.account.join(room_id)
-        return FarRoom(room_id, self.bob, self.bot_id, self.account)
+    async def far_invite(self) -> FarRoom:
+        """Create a room of bob that the bot is invited to."""
+        return self.far(await self.invite(self.bob))
+
+    async def far_room(self) -> FarRoom:
+        """Create a room of bob with the bot's account in it."""
+        room = self.far(await self.room(user=self.bob))
+        assert await room.is_full()
+        return room
 
     async def shared_room(self, **options: Any) -> tuple[Room, FarRoom]:
         """Create a room of alice with the bot's account and bob in it; as both see it."""
         room = await self.room(self.bob, **options)
+        assert await self.far(room).is_full()
         return room, self.far(room)
 
 
