@@ -140,6 +140,13 @@ class Federation:
             return error.status == 404  # as there is no such user; but 502 if there is no answer
         return True
 
+    async def greet(self) -> None:
+        """Have each send the other an event: after an outage Synapse goes on from the last one."""
+        people = await self.new_people()
+        room = await people.far_room()
+        for user, other in ((people.bob, people.account), (people.account, people.bob)):
+            await arrives(other, room.room_id, await user.send(room.room_id, "hello"))
+
     async def new_people(self) -> FarPeople:
         """Register the account of a bot that nobody has used yet, and people on both sides."""
         people = await new_people(self.near.homeserver)
@@ -165,4 +172,6 @@ async def running_federation() -> AsyncIterator[Federation]:
 
         async with asyncio.TaskGroup() as tasks:
             near, far = [tasks.create_task(start()) for _ in range(2)]
-        yield Federation(near.result(), far.result())
+        federation = Federation(near.result(), far.result())
+        await federation.greet()
+        yield federation
