@@ -39,7 +39,8 @@ SCHEDULES = st.builds(
             *[step("say", 1, 8), step("say", 1, 8), step("say", 11, 25), step("invite")],
             *[step("wait", 0, 1500), step("kill", 0, 1500), step("kill", 0, 200)],
             *[step("stop", 0, 1500), step("restart_homeserver"), step("crash_homeserver")],
-            *[step("cut_off"), step("heal"), step("invite_from_afar")],
+            *[step("cut_off"), step("heal"), step("say_during_outage", 11, 30)],
+            *[step("say_during_outage", 11, 30), step("invite_from_afar")],
             *[step("hang", 1000, 5000), step("go_on")],
         ),
         min_size=8,
@@ -62,7 +63,7 @@ def any_fault(scene: FarScene, chance: random.Random, hits: list[str]) -> Fault:
     return fault
 
 
-@tries(few=5)
+@tries(few=4)
 @given(SCHEDULES)
 async def test_any_schedule(federation: Federation, schedule: Schedule) -> None:
     """Commands in several rooms of two homeservers, that are cut off from each other or restart.

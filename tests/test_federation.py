@@ -84,8 +84,9 @@ async def test_kill_amid_what_is_read_back_after_an_outage(
     await room.command("before")
     await room.replies(1)
     with proxy.inject(faults.silence, faults.SEND) as sends:
-        async with federation.cut_off():
+        async with federation.cut_off() as (cut, _):
             await room.command(*range(30))
+            await cut.happens()
         await sends.happens()
         await proxied_bot.kill()
     await proxied_bot.start()
@@ -103,8 +104,9 @@ async def test_somebody_else_reads_back_first_after_an_outage(
     await room.command("before")
     await room.replies(1)
     await bot.kill()
-    async with federation.cut_off():
+    async with federation.cut_off() as (cut, _):
         newest = await room.command(*range(30))
+        await cut.happens()
     await arrives(people.alice, room.room_id, newest)
     path, asked = f"/rooms/{room.room_id}/messages", federation.far.front.count(BACKFILL)
     await people.alice.request("GET", path, dir="b", limit=50)

@@ -57,6 +57,12 @@ class Scene:
         if not self.bot.running:
             await self.bot.start()
 
+    async def first_start(self) -> None:
+        """Start the bot if it never was, and wait until it takes commands."""
+        if not self.bot.next_batch:
+            await self.start()
+            await self.bot.saves(seconds=120)
+
     async def wait(self, milliseconds: int) -> None:
         """Let the bot run for a while."""
         await self.start()
@@ -90,9 +96,7 @@ class Scene:
 
     async def say(self, commands: int) -> None:
         """Send so many commands to one of the rooms; the first ones wait for the first start."""
-        if not self.bot.next_batch:
-            await self.start()
-            await self.bot.saves(seconds=120)
+        await self.first_start()
         room = self.chance.choice(self.rooms)
         for _ in range(commands):
             await self.say_in(room)
@@ -158,14 +162,17 @@ class FarScene(Scene):
         self.newest[room.room_id] = event_id = await super().say_in(room)
         return event_id
 
+    @property
+    def far_rooms(self) -> list[FarRoom]:
+        """The rooms that bob speaks in."""
+        return [room for room in self.rooms if isinstance(room, FarRoom)]
+
     async def settle(self) -> None:
         """Wait for what goes on between the homeservers: of that an outage now costs Synapse much.
 
         Amid a join it does not read the room any more, amid an event for two minutes.
         """
-        for room in self.rooms:
-            if self.is_cut_off or not isinstance(room, FarRoom):
-                continue
+        for room in [] if self.is_cut_off else self.far_rooms:
             if self.bot.running or await room.is_full():
                 await eventually(partial(self.is_settled, room), what="an end of the join")
 
@@ -192,11 +199,25 @@ class FarScene(Scene):
         await super().crash_homeserver(0)
 
     async def cut_off(self, _: int) -> None:
-        """Have the homeservers out of each other's reach from now on."""
+        """Have the homeservers out of each other's reach from now on.
+
+        Unless a reply to bob is due: what was not fetched for it yet could not be any more.
+        """
         await self.settle()
-        if not self.is_cut_off:
-            await self.outage.enter_async_context(self.federation.cut_off())
-            self.is_cut_off = True
+        for room in self.far_rooms:
+            if self.is_cut_off or len(await self.replies(room)) < len(self.due(room)):
+                return
+        await self.outage.enter_async_context(self.federation.cut_off())
+        self.is_cut_off = True
+
+    async def say_during_outage(self, commands: int) -> None:
+        """Have the homeservers out of each other's reach while bob says so many commands."""
+        await self.first_start()
+        await self.cut_off(0)
+        room = self.chance.choice(self.far_rooms)
+        for _ in range(commands):
+            await self.say_in(room)
+        await self.heal(0)
 
     async def heal(self, _: int) -> None:
         """Have the homeservers reach each other again, also if one of them was restarted."""
