@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 from support.bot import Bot, new_bot
 from support.dendrite import DENDRITE, Dendrite
+from support.federation import Federation, running_federation
 from support.homeserver import Homeserver, running, running_homeserver
 from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
@@ -43,6 +44,13 @@ def homeserver(request: pytest.FixtureRequest) -> Homeserver:
     """The homeserver that a test runs on."""
     server: Homeserver = request.getfixturevalue(getattr(request, "param", "synapse"))
     return server
+
+
+@pytest.fixture(scope="session")
+async def federation() -> AsyncIterator[Federation]:
+    """Two homeservers that federate, besides the other one, for the tests that need them."""
+    async with running_federation() as running:
+        yield running
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from support.bot import eventually
-from support.homeserver import Homeserver
-from support.proxy import EVERY_FAULT, Fault, Proxy
-from support.scene import new_scene, tries
+from support.federation import Federation
+from support.proxy import EVERY_FAULT, Fault, Proxy, cut
+from support.scene import FarScene, new_far_scene, tries
 
 SPEED = 30
 
@@ -40,6 +40,9 @@ SCHEDULES = st.builds(
             *[step("say", 1, 8), step("say", 1, 8), step("say", 11, 25), step("invite")],
             *[step("wait", 0, 1500), step("kill", 0, 1500), step("kill", 0, 200)],
             *[step("stop", 0, 1500), step("restart_homeserver"), step("crash_homeserver")],
+            *[step("cut_off"), step("heal"), step("say_during_outage", 11, 30)],
+            *[step("say_during_outage", 11, 30), step("invite_from_afar")],
+            *[step("hang", 1000, 5000), step("go_on")],
         ),
         min_size=8,
         max_size=14,
@@ -47,10 +50,12 @@ SCHEDULES = st.builds(
 )
 
 
-def any_fault(chance: random.Random, hits: list[str]) -> Fault:
+def any_fault(scene: FarScene, chance: random.Random, hits: list[str]) -> Fault:
     """Return a fault that hits a third of the requests, each in another way, and notes how."""
 
     async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        if await scene.hangs(request):
+            return cut(request)
         if chance.random() > 0.35:
             return await proxy.forward(request)
         hits.append(chance.choice(list(EVERY_FAULT)))
@@ -59,18 +64,22 @@ def any_fault(chance: random.Random, hits: list[str]) -> Fault:
     return fault
 
 
-@pytest.mark.dendrite
-@tries(few=5)
+@tries(few=4)
 @given(SCHEDULES)
-async def test_any_schedule(homeserver: Homeserver, schedule: Schedule) -> None:
-    """Commands in several rooms, faults on a third of all requests, kills, homeserver restarts."""
-    async with new_scene(homeserver, SPEED, schedule.seed) as scene:
+async def test_any_schedule(federation: Federation, schedule: Schedule) -> None:
+    """Commands in several rooms of two homeservers, that are cut off from each other or restart.
+
+    A third of all requests is hit by faults, a room hangs, the bot is killed.
+    """
+    async with new_far_scene(federation, SPEED, schedule.seed) as scene:
         scene.proxy.timeline_limit = 10
         try:
             hits: list[str] = []
-            with scene.proxy.inject(any_fault(random.Random(schedule.seed), hits)):
+            with scene.proxy.inject(any_fault(scene, random.Random(schedule.seed), hits)):
                 for name, argument in schedule.steps:
                     await getattr(scene, name)(argument)
+                await scene.go_on(0)
+                await scene.heal(0)
                 await scene.say(1)
                 await scene.start()
                 await eventually(scene.is_all_answered, 100, "a reply to each command")

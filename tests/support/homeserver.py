@@ -147,11 +147,12 @@ class Homeserver:
     def configuration(self) -> dict[str, Any]:
         """Return what homeserver.yaml has for any test."""
         listener = {"port": self.port, "bind_addresses": ["127.0.0.1"], "type": "http"}
+        resources = {"names": ["client", "federation"], "compress": True}
         database = {"database": str(self.directory / "homeserver.db")}
         return {
             "server_name": SERVER_NAME,
             "public_baseurl": self.url,
-            "listeners": [{**listener, "resources": [{"names": ["client"], "compress": True}]}],
+            "listeners": [{**listener, "resources": [resources]}],
             "database": {"name": "sqlite3", "args": database},
             "signing_key_path": str(self.directory / "signing.key"),
             "media_store_path": str(self.directory / "media"),

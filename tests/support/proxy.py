@@ -106,7 +106,7 @@ class Proxy:
         headers = request.headers.copy()
         for name in ("Host", "Content-Length", "Transfer-Encoding", "Connection"):
             headers.pop(name, None)
-        if plain:
+        if plain or "Accept-Encoding" not in headers:
             headers["Accept-Encoding"] = "identity"
         try:
             async with self.http.request(

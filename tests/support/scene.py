@@ -5,14 +5,17 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
+from aiohttp import web
 from hypothesis import HealthCheck, Phase, settings
 
 from support.bot import Bot, eventually, new_bot
+from support.federation import FarPeople, FarRoom, Federation, has
 from support.homeserver import PASSWORD, Homeserver
 from support.people import People, Room, new_people
 from support.proxy import Proxy, running_proxy
@@ -36,20 +39,29 @@ def tries(few: int) -> settings:
 
 @dataclass
 class Scene:
-    """What a schedule's steps and odd answers need; each step has a number as its argument."""
+    """What a schedule's steps and odd answers need; each step has a number as its argument.
+
+    A room that several people speak in is there once for each: their order is not defined.
+    """
 
     people: People
     bot: Bot
     proxy: Proxy
     chance: random.Random
     rooms: list[Room]
-    said: dict[str, list[str]] = field(default_factory=dict)
+    said: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     numbers: "count[int]" = field(default_factory=count)
 
     async def start(self) -> None:
         """Start the bot if it was stopped."""
         if not self.bot.running:
             await self.bot.start()
+
+    async def first_start(self) -> None:
+        """Start the bot if it never was, and wait until it takes commands."""
+        if not self.bot.next_batch:
+            await self.start()
+            await self.bot.saves(seconds=120)
 
     async def wait(self, milliseconds: int) -> None:
         """Let the bot run for a while."""
@@ -84,9 +96,7 @@ class Scene:
 
     async def say(self, commands: int) -> None:
         """Send so many commands to one of the rooms; the first ones wait for the first start."""
-        if not self.bot.next_batch:
-            await self.start()
-            await self.bot.saves(seconds=120)
+        await self.first_start()
         room = self.chance.choice(self.rooms)
         for _ in range(commands):
             await self.say_in(room)
@@ -97,25 +107,32 @@ class Scene:
             for room in self.rooms:
                 await self.say_in(room)
 
-    async def say_in(self, room: Room) -> None:
-        """Send the next command to a room."""
+    async def say_in(self, room: Room) -> str:
+        """Send the next command to a room; return its event ID."""
         text = f"{SECRET} {next(self.numbers)}"
-        await room.command(text)
+        event_id = await room.command(text)
         self.expect(room, text)
+        return event_id
 
     def expect(self, room: Room, reply: str) -> None:
-        """Note that a reply is due in a room."""
-        self.said.setdefault(room.room_id, []).append(reply)
+        """Note that a reply is due to who speaks in a room."""
+        self.said.setdefault((room.room_id, room.user.user_id), []).append(reply)
+
+    def due(self, room: Room) -> list[str]:
+        """Return the replies that are due to who speaks in a room."""
+        return self.said.get((room.room_id, room.user.user_id), [])
 
     async def replies(self, room: Room) -> list[str]:
-        """Return the replies in a room to what was said there."""
-        return [body for body in await room.bodies() if SECRET in body]
+        """Return the replies in a room but those that are due to others there."""
+        same = [other for other in self.rooms if other.room_id == room.room_id and other != room]
+        to_others = {reply for other in same for reply in self.due(other)}
+        return [body for body in await room.bodies() if SECRET in body and body not in to_others]
 
     async def is_all_answered(self) -> bool:
         """Tell whether every room has as many replies as commands."""
         assert self.bot.running, "the bot ended by itself"
         for room in self.rooms:
-            if len(await self.replies(room)) < len(self.said.get(room.room_id, [])):
+            if len(await self.replies(room)) < len(self.due(room)):
                 return False
         return True
 
@@ -123,9 +140,113 @@ class Scene:
         """Wait for the replies to all that was said; assert that they came once and in order."""
         await eventually(self.is_all_answered, seconds, "a reply to each command")
         for room in self.rooms:
-            assert await self.replies(room) == self.said.get(room.room_id, [])
+            assert await self.replies(room) == self.due(room)
         for secret in (SECRET, PASSWORD, self.bot.session["access_token"]):
             assert secret not in self.bot.log
+
+
+@dataclass(kw_only=True)
+class FarScene(Scene):
+    """A scene with bob of another homeserver in it, and a room whose sends may hang."""
+
+    people: FarPeople
+    federation: Federation
+    outage: AsyncExitStack = field(default_factory=AsyncExitStack)
+    is_cut_off: bool = False
+    newest: dict[str, str] = field(default_factory=dict)  # event IDs by the room's
+    hanging: Room | None = None
+    goes_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def say_in(self, room: Room) -> str:
+        """Send the next command to a room; return its event ID."""
+        self.newest[room.room_id] = event_id = await super().say_in(room)
+        return event_id
+
+    @property
+    def far_rooms(self) -> list[FarRoom]:
+        """The rooms that bob speaks in."""
+        return [room for room in self.rooms if isinstance(room, FarRoom)]
+
+    async def settle(self) -> None:
+        """Wait for what goes on between the homeservers: of that an outage now costs Synapse much.
+
+        Amid a join it does not read the room any more, amid an event for two minutes.
+        """
+        for room in [] if self.is_cut_off else self.far_rooms:
+            if self.bot.running or await room.is_full():
+                await eventually(partial(self.is_settled, room), what="an end of the join")
+
+    async def is_settled(self, room: FarRoom) -> bool:
+        """Tell whether the bot's homeserver has joined a room and has the newest of its events."""
+        await self.federation.meet()
+        event_id = self.newest.get(room.room_id)
+        is_there = not event_id or await has(room.account, room.room_id, event_id)
+        return is_there and await room.is_full()
+
+    async def is_all_answered(self) -> bool:
+        """Tell whether every room has as many replies as commands."""
+        await self.federation.meet()
+        return await super().is_all_answered()
+
+    async def restart_homeserver(self, _: int) -> None:
+        """Stop the homeserver in order and start it."""
+        await self.settle()
+        await super().restart_homeserver(0)
+
+    async def crash_homeserver(self, _: int) -> None:
+        """End the homeserver as a power cut would and start it."""
+        await self.settle()
+        await super().crash_homeserver(0)
+
+    async def cut_off(self, _: int) -> None:
+        """Have the homeservers out of each other's reach from now on.
+
+        Unless a reply to bob is due: what was not fetched for it yet could not be any more.
+        """
+        await self.settle()
+        for room in self.far_rooms:
+            if self.is_cut_off or len(await self.replies(room)) < len(self.due(room)):
+                return
+        await self.outage.enter_async_context(self.federation.cut_off())
+        self.is_cut_off = True
+
+    async def say_during_outage(self, commands: int) -> None:
+        """Have the homeservers out of each other's reach while bob says so many commands."""
+        await self.first_start()
+        await self.cut_off(0)
+        room = self.chance.choice(self.far_rooms)
+        for _ in range(commands):
+            await self.say_in(room)
+        await self.heal(0)
+
+    async def heal(self, _: int) -> None:
+        """Have the homeservers reach each other again, also if one of them was restarted."""
+        await self.outage.aclose()
+        self.is_cut_off = False
+        await self.federation.meet()
+
+    async def invite_from_afar(self, _: int) -> None:
+        """Invite the bot into one more room of bob, for which both homeservers are needed."""
+        await self.heal(0)
+        self.rooms.append(await self.people.far_invite())
+
+    async def hang(self, milliseconds: int) -> None:
+        """Have the sends to one of the rooms hang for so long, and to no other one any more."""
+        await self.go_on(0)
+        self.hanging, self.goes_on = self.chance.choice(self.rooms), asyncio.Event()
+        asyncio.get_running_loop().call_later(milliseconds / 1000, self.goes_on.set)
+
+    async def go_on(self, _: int) -> None:
+        """Have nothing hang any more."""
+        self.goes_on.set()
+
+    async def hangs(self, request: web.Request) -> bool:
+        """Hold a request while sends to its room hang; tell whether it was held."""
+        if not self.hanging or f"/{self.hanging.room_id}/send/" not in request.path:
+            return False
+        is_held = not self.goes_on.is_set()
+        await self.goes_on.wait()
+        return is_held
 
 
 @asynccontextmanager
@@ -140,3 +261,27 @@ async def new_scene(
     ):
         rooms = [await people.room(room_version=version) for version in homeserver.room_versions]
         yield Scene(people, bot, proxy, random.Random(seed), rooms)
+
+
+@asynccontextmanager
+async def new_far_scene(
+    federation: Federation, speed: float = 1, seed: int = 0
+) -> AsyncIterator[FarScene]:
+    """Make one with a room of alice, one of bob, and one of both."""
+    people = await federation.new_people()
+    async with (
+        running_proxy(people.homeserver.url, speed=speed) as proxy,
+        new_bot(proxy.url, speed, MATRIX_USER=people.bot_id) as bot,
+    ):
+        shared = await people.shared_room(room_version="11")
+        rooms = [await people.room(), await people.far_room(), *shared]
+        scene = FarScene(
+            people=people,
+            bot=bot,
+            proxy=proxy,
+            chance=random.Random(seed),
+            rooms=rooms,
+            federation=federation,
+        )
+        async with scene.outage:
+            yield scene
