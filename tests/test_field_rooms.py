@@ -5,10 +5,9 @@ import asyncio
 import pytest
 import support.proxy as faults
 from aiohttp import web
-from support.bot import Bot, together
-from support.people import Room
+from support.bot import together
 from support.proxy import JOIN, MESSAGES, SEND, SYNC, Fault, Proxy
-from support.scripted import CONDUIT, DENDRITE, SYNAPSE, Manners, field_of
+from support.scripted import ALICE, CONDUIT, DENDRITE, JSON, SYNAPSE, Manners, field_of
 
 FORBIDDEN = faults.answer(403, {"errcode": "M_FORBIDDEN", "error": "You are not invited"})
 NOT_FOUND = faults.answer(404, {"errcode": "M_NOT_FOUND", "error": "Unknown room"})
@@ -17,12 +16,15 @@ OWNER = "@owner:echobot.test"  # who invites nobody
 REFUSALS = [FORBIDDEN, NOT_FOUND, faults.bad_gateway]
 
 
-async def test_room_joined_in_part_is_asked_for(room: Room, proxied_bot: Bot, proxy: Proxy) -> None:
-    """On Synapse: every sync that can bring commands asks for rooms that are joined in part."""
-    await proxied_bot.run()
-    await room.command("hello")
-    assert await room.replies(1) == ["hello"]
-    assert proxy.count(SYNC) == proxy.count(f"{SYNC}.*lazy_load_members%22:true") > 1
+async def test_room_joined_in_part_is_answered() -> None:
+    """Of a large room of others, which the homeserver is still joining, commands are news."""
+    async with field_of() as field:
+        room = field.server.room("invite")
+        room.is_joined_in_part = True
+        await field.bot.run()
+        await field.bot.logs("Joined")
+        room.command("hello")
+        await room.answers("hello")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ async def request_is_refused(refusal: Fault, pattern: str, times: int) -> None:
 
 @pytest.mark.parametrize("repeats", [False, True], ids=["told once", "told in every sync"])
 async def test_invitation_refused_for_good_is_given_up_quietly(repeats: bool) -> None:
-    """Tried for a minute (ten if it is no refusal), seldom, told once; the rest goes on."""
+    """Tried for ten minutes of syncs that work, seldom, told once; the rest goes on."""
     cases = [(refusal, "*") for refusal in REFUSALS] + [(FORBIDDEN, OWNER)]
     await together(*(invitation_is_given_up(*case, repeats) for case in cases))
 
@@ -61,8 +63,7 @@ async def invitation_is_given_up(refusal: Fault, inviters: str, repeats: bool) -
             bad = field.server.room("invite")
             began = field.now()
             await field.bot.logs("Gave up on", seconds=20)
-            earliest, latest = (540, 900) if refusal is faults.bad_gateway else (45, 240)
-            assert earliest < field.now() - began < latest
+            assert 540 < field.now() - began < 900
             await asyncio.sleep(4)  # Four more minutes in which it might rush.
             assert 3 < refused.happened < 40
         good.command("hello")
@@ -70,14 +71,15 @@ async def invitation_is_given_up(refusal: Fault, inviters: str, repeats: bool) -
         assert len([line for line in field.bot.log.splitlines() if bad.room_id in line]) <= 3
 
 
-# What pages may do: stop before `to`, so that the newest event is only in the timeline; hold as few
-# events as one; tell no start; tell an end where there is no more.
-PAGES = [(CONDUIT, {"page_limit": limit}) for limit in (1, 3, 100)]
+# What pages may do: hold as few events as one; tell no start; tell an end where there is no more,
+# the same, another each time, or that of the newest one; say null for an empty list.
+PAGES: list[tuple[Manners, JSON]] = [(CONDUIT, {"page_limit": limit}) for limit in (1, 3, 100)]
 PAGES += [
-    (DENDRITE, {"page_limit": 5, "start_in_pages": start, "end_in_last_page": end})
-    for start in (True, False)
-    for end in (True, False)
+    (manners, {"page_limit": 5, "last_end": end})
+    for manners in (DENDRITE, CONDUIT)
+    for end in ("", "t0", "round", "other")
 ]
+PAGES += [(CONDUIT, {"empty": "null", "last_end": "t0", "page_limit": limit}) for limit in (1, 7)]
 
 
 async def test_pages_of_any_kind_are_read() -> None:
@@ -85,49 +87,25 @@ async def test_pages_of_any_kind_are_read() -> None:
     await together(*(gaps_are_read(*pages) for pages in PAGES))
 
 
-async def gaps_are_read(manners: Manners, pages: dict[str, int]) -> None:
-    """Assert that of one kind of pages."""
-    async with field_of(manners, **pages) as field:
-        rooms = {count: field.server.room() for count in (11, 12, 21)}
+async def gaps_are_read(manners: Manners, changes: JSON) -> None:
+    """Assert that of one kind of pages, where events are known at the position of before or not."""
+    async with field_of(manners, **changes) as field:
+        old = {count: field.server.room() for count in (11, 12, 21)}
+        new = {count: field.server.room("leave") for count in (11, 12, 21)}
+        for room in old.values():
+            room.say("known")
         await field.bot.run()
         await field.bot.kill()
-        for count, room in rooms.items():
-            room.command(*range(count))
+        for count in old:
+            new[count].command("history")
+            new[count].set_membership("invite", ALICE)
+            old[count].command(*range(count))
+            new[count].command(*range(count))
         await field.bot.start()
-        for count, room in rooms.items():
-            await room.answers(*range(count))
-        assert field.proxy.count(MESSAGES) >= len(rooms)
-
-
-async def test_pages_without_end() -> None:
-    """A gap whose pages never end is no rush, and ends; other rooms go on at once."""
-    # Another each time, one that goes back, and the same.
-    await together(*map(gap_ends, (None, "s2", "s14")))
-
-
-async def gap_ends(end: str | None) -> None:
-    """Assert that where pages end so."""
-
-    def change(page: dict[str, object]) -> dict[str, object]:
-        return {**page, "end": end} if end and not page["chunk"] else page
-
-    async with field_of(DENDRITE, speed=60, pages_without_end=not end) as field:
-        endless, other = field.server.room(), field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        position = field.bot.next_batch
-        endless.command(*range(12))
-        with field.proxy.inject(faults.rewrite(change), MESSAGES) as changed:
-            await field.bot.start()
-            await changed.happens()
-            other.command("hello")
-            await other.answers("hello")
-            await field.bot.saves(position, seconds=20)
-            # Where it goes round at once, else at most one for each of 600 s.
-            assert changed.happened <= (3 if end else 700)
-            await endless.answers(*range(12))
-        endless.command("after")
-        await endless.answers(*range(12), "after")
+        for count in old:
+            await old[count].answers(*range(count))
+            await new[count].answers(*range(count))
+        assert field.proxy.count(MESSAGES) >= 6
 
 
 async def test_room_limited_for_ever_holds_up_no_other() -> None:

@@ -112,7 +112,7 @@ class Proxy:
             async with self.http.request(
                 request.method,
                 yarl.URL(self.upstream + self._path(request.raw_path), encoded=True),
-                data=await request.read(),
+                data=await request.read() or None,
                 headers=headers,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=300),
