@@ -5,10 +5,12 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from support.bot import Bot
+import support.proxy as faults
+from support.bot import Bot, together
 from support.homeserver import Homeserver, running_homeserver
 from support.people import People
-from support.proxy import SEND, Proxy
+from support.proxy import JOIN, SEND, Proxy
+from support.scripted import field_of
 
 # Synapse's limits for messages, but 15 times as fast.
 PER_SECOND, BURST = 3, 10
@@ -54,3 +56,31 @@ async def test_limited_rooms_do_not_rush(people: People, proxied_bot: Bot, proxy
     assert len(rooms) + 5 < proxy.count(SEND) < 2.5 * len(rooms)
     times = [(await room.events())[0]["origin_server_ts"] / 1000 for room in rooms]
     assert max(times) - min(times) < 2 * (len(rooms) - BURST) / PER_SECOND
+
+
+async def test_room_limited_for_ever_holds_up_no_other() -> None:
+    """While one room gets 429 each time, four others that met one 429 go on within seconds."""
+    await together(*map(limited_room_holds_up_no_other, (SEND, JOIN)))
+
+
+async def limited_room_holds_up_no_other(request_limited: str) -> None:
+    """Assert that where its sends or its joins are limited."""
+    async with field_of() as field:
+        await field.bot.run()
+        membership = "join" if request_limited == SEND else "invite"
+        rooms = [field.server.room(membership) for _ in range(5)]
+        limit = faults.rate_limited(1000)
+        name = rooms[0].room_id[1:].removesuffix(":echobot.test")
+        with (
+            field.proxy.inject(limit, rf"(?=.*{name}\W){request_limited}") as one,
+            field.proxy.inject(limit, request_limited, times=4) as others,
+        ):
+            for room in rooms:
+                room.command("hello")
+            for room in rooms[1:]:
+                await room.answers("hello", seconds=10)
+            await one.happens(times=2)
+            assert others.happened == 4
+            assert not rooms[0].replies
+        await rooms[0].answers("hello")
+        assert "WARNING" not in field.bot.log

@@ -3,7 +3,7 @@
 import pytest
 import support.proxy as faults
 from support.proxy import JOIN, SEND
-from support.scripted import ALICE, FAMILIES, Manners, field_of
+from support.scripted import ALICE, CONDUIT, DENDRITE, FAMILIES, Manners, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
 
@@ -127,3 +127,14 @@ async def test_backlog_shrinks_however_often_the_bot_dies(manners: Manners, coun
         for room in rooms:
             await room.answers(*range(200 // count))
         assert field.proxy.count(SEND) == 200 + hung, "what was done before a kill was done again"
+
+
+@pytest.mark.parametrize("manners", [DENDRITE, CONDUIT], ids=["dendrite", "conduit"])
+async def test_transaction_id_behind_a_proxy_that_decodes_paths(manners: Manners) -> None:
+    """Event IDs of room version 3, with / and +, lose no reply where %2F is taken for a /."""
+    async with field_of(manners, decodes_paths=True, room_version_3=True) as field:
+        room = field.server.room()
+        await field.bot.run()
+        event_ids = [room.command(n) for n in range(20)]
+        await room.answers(*range(20))
+        assert any("/" in event_id for event_id in event_ids)
