@@ -1,4 +1,4 @@
-"""Thousands of rooms cost no more than their replies."""
+"""Thousands of rooms, and of events, cost no more than their replies."""
 
 import asyncio
 import resource
@@ -60,3 +60,22 @@ async def test_restart_in_many_rooms_reads_little(open_files: None) -> None:
         rooms[0].command("hello")
         await field.bot.start()
         await rooms[0].answers("hello")
+
+
+async def test_events_are_not_remembered_for_ever() -> None:
+    """Memory does not grow with what was said, here with event IDs of 10 kB each."""
+    long = "x" * 10_000
+    used: list[float] = []
+    async with field_of(speed=20) as field:
+        room = field.server.room()
+        await field.bot.run()
+        assert field.bot.process is not None
+        for n in range(60):
+            for _ in range(75):
+                room.say("nothing to answer")
+                room.events[-1][1]["event_id"] += long
+            room.command(n)
+            await room.answers(*range(n + 1))
+            used.append(psutil.Process(field.bot.process.pid).memory_info().rss / 1e6)
+    # 40 times 75 events: their IDs are 30 MB.
+    assert used[-1] - used[20] < 12

@@ -2,6 +2,7 @@
 
 import pytest
 import support.proxy as faults
+from support.bot import eventually
 from support.proxy import JOIN, SEND
 from support.scripted import ALICE, CONDUIT, DENDRITE, FAMILIES, Manners, field_of
 
@@ -38,7 +39,10 @@ async def test_downtime(manners: Manners, count: int) -> None:
 
 @families
 async def test_kills(manners: Manners) -> None:
-    """Killed after the 3rd, 13th, 14th ... send of 60 to two rooms, it loses and doubles none."""
+    """Killed after the 3rd, 13th, 14th ... send of 60 to two rooms, it loses and doubles none.
+
+    The homeserver forgets all transaction IDs meanwhile, as after a restart or a password reset.
+    """
     async with field_of(manners) as field:
         rooms = [field.server.room() for _ in range(2)]
         await field.bot.run()
@@ -47,6 +51,7 @@ async def test_kills(manners: Manners) -> None:
                 room.command(*range(n, n + 10))
             await field.proxy.counts(SEND, sends)
             await field.bot.kill()
+            field.server.transactions.clear()
             await field.bot.start()
         for room in rooms:
             await room.answers(*range(60))
@@ -138,3 +143,17 @@ async def test_transaction_id_behind_a_proxy_that_decodes_paths(manners: Manners
         event_ids = [room.command(n) for n in range(20)]
         await room.answers(*range(20))
         assert any("/" in event_id for event_id in event_ids)
+
+
+@families
+async def test_encrypted_room_is_told_once_what_to_do(manners: Manners) -> None:
+    """The bot sends one notice, however many messages it can't read; what is in clear counts."""
+    async with field_of(manners) as field:
+        room = field.server.room()
+        await field.bot.run()
+        for _ in range(3):
+            room.add("m.room.encrypted", ALICE, {"algorithm": "m.megolm.v1.aes-sha2"})
+        room.command(*range(3))
+        await eventually(lambda: len(room.replies) > 3)
+        assert room.replies[1:] == ["0", "1", "2"]
+        assert field.proxy.count(SEND) == 4

@@ -5,7 +5,7 @@ import re
 import pytest
 import support.proxy as faults
 from support.bot import eventually
-from support.proxy import MESSAGES, SEND, Fault
+from support.proxy import MESSAGES, SEND
 from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
@@ -93,15 +93,14 @@ async def test_replies_are_not_doubled_where_transactions_are_forgotten(
 
 
 @families
-@pytest.mark.parametrize("fault", [faults.done_but_silent, faults.cut_after], ids=["lost", "cut"])
 async def test_repeated_send_is_not_doubled_where_transactions_are_forgotten(
-    manners: Manners, fault: Fault
+    manners: Manners,
 ) -> None:
     """Nor within one life, where the homeserver forgets between two attempts."""
     async with field_of(manners, speed=60) as field:
         room = field.server.room()
         await field.bot.run()
-        with field.proxy.inject(fault, SEND, times=1) as lost:
+        with field.proxy.inject(faults.done_but_silent, SEND, times=1) as lost:
             room.command("first", "second")
             await lost.happens()
             await eventually(lambda: room.replies)
@@ -128,3 +127,27 @@ async def test_kicked_and_invited_again_in_one_downtime(manners: Manners, is_lim
         await room.answers(*first, *last)
         room.command("after")
         await room.answers(*first, *last, "after")
+
+
+@families
+async def test_position_of_a_room_that_is_refused(manners: Manners) -> None:
+    """The room is read back to the bot's last reply in it: none is lost, none doubled."""
+    async with field_of(manners) as field:
+        room, other = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        room.command("history")
+        await room.answers("history")
+        with field.proxy.inject(faults.silence, of(room, SEND)) as hanging:
+            room.command(*range(12))
+            await hanging.happens()
+            other.command("hello")
+            await other.answers("hello")
+            await is_past(field, field.server.position)
+            await field.bot.kill()
+        next_batch, line = field.bot.next_batch.splitlines()
+        room_id, _ = line.split()
+        assert room_id == room.room_id
+        (field.bot.state / "next_batch").write_text(f"{next_batch}\n{room_id} garbage\n")
+        await field.bot.start()
+        await room.answers("history", *range(12))
+        assert field.proxy.count(of(room, MESSAGES) + ".*from=garbage") > 0

@@ -29,6 +29,7 @@ from support.proxy import Proxy, running_proxy, served
 
 BOT = "@bot:echobot.test"
 ALICE = "@alice:echobot.test"
+IGNORED = "@ignored:echobot.test"  # by the bot's account, as one may say in any client
 
 JSON = dict[str, Any]
 
@@ -321,6 +322,8 @@ class Scripted:
 
     def timeline(self, room: Room, since: int, asked: JSON) -> JSON:
         """Return what a sync response has of a room, the timeline after a position."""
+        ignored = [IGNORED, *asked.get("not_senders", [])]
+        asked = {**asked, "not_senders": ignored}
         events = room.between(max(since, room.hidden_until), self.position, asked)
         limit = min(asked.get("limit", 10), self.manners.timeline_limit)
         shown = events[-limit:]
@@ -340,9 +343,12 @@ class Scripted:
         is_broken = self.manners.breaks_filters and "types" in asked
         events = room.between(end, int(start), {} if is_broken else asked)
         read = events[: -1 - min(int(query.get("limit", 10)), self.manners.page_limit) : -1]
-        chunk = [{**e, "room_id": room.room_id} for p, e in read if p > room.hidden_until]
-        if is_broken:
-            chunk = [event for event in chunk if event["type"] in asked["types"]]
+        chunk = [
+            {**event, "room_id": room.room_id}
+            for position, event in read
+            if position > room.hidden_until and event["sender"] != IGNORED
+            if not is_broken or event["type"] in asked["types"]
+        ]
         page: JSON = {"chunk": chunk or (None if self.manners.empty == "null" else [])}
         if self.manners.start_in_pages:
             page["start"] = query.get("from", f"t{self.position}")
