@@ -53,6 +53,7 @@ UNUSABLE = {
         "https://[::1",
         "http://127.0.0.1:port",
         "http://127.0.0.1:99999",
+        "http://127.0.0.1:66000",
         "'http://127.0.0.1:9'",
         "http://127.0.0.1:9?access_token=ssword",
         "http://127.0.0.1:9/#/login",
@@ -432,7 +433,7 @@ UNUSABLE_PROXIES = [
     ("HTTP_PROXY", "http://"),
     ("HTTP_PROXY", "http://bot:ssword@"),
     ("HTTP_PROXY", "127.0.0.1:port"),
-    ("HTTP_PROXY", "127.0.0.1:99999"),
+    ("HTTP_PROXY", "127.0.0.1:66000"),
     ("HTTP_PROXY", "http://bot:ssword@[::1:3128"),
     ("HTTP_PROXY", "bot:ssword@no proxy"),
     ("HTTP_PROXY", "'http://bot:ssword@127.0.0.1:3128'"),
@@ -445,7 +446,7 @@ async def test_unusable_proxy_is_refused_with_78() -> None:
     await together(*refused)
 
 
-@pytest.mark.parametrize("place", ["/_matrix/client", "/_matrix/client/v3/", "/nowhere"])
+@pytest.mark.parametrize("place", ["/_matrix/client", "/_matrix/"])
 async def test_homeserver_with_a_wrong_path_is_told_from_a_wrong_password(
     people: People, place: str
 ) -> None:
