@@ -162,7 +162,7 @@ async def test_signals_end_it_at_once_though_nobody_takes_its_log() -> None:
             with field.proxy.inject(faults.bad_gateway, SEND) as fault:  # Which would be logged.
                 room.command("more")
                 await fault.happens()
-                assert await field.bot.send_signal(number, seconds=2) == 0
+                assert await field.bot.send_signal(number) == 0
 
     async def ends_by_itself(kind: str) -> None:
         async with new_bot("nowhere") as bot:
