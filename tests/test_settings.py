@@ -69,6 +69,7 @@ UNUSABLE = {
         "'@alice:a.test'",
         '"@alice:a.test @bob:b.test"',
         "https://matrix.to/#/@alice:a.test",
+        "@alice:a.test\n@bob:b.test",
         ",",
     ],
     "LOG_LEVEL": ["LOUD", '"INFO"'],
