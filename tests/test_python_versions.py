@@ -51,7 +51,8 @@ def test_inline_metadata_says_what_requirements_txt_says() -> None:
     (block,) = re.finditer(METADATA, source)
     assert block["type"] == "script"
     metadata = tomllib.loads(re.sub("(?m)^# ?", "", block["content"]))
-    requirements = [line for line in REQUIREMENTS.read_text().splitlines() if line.strip("# ")]
+    lines = REQUIREMENTS.read_text().splitlines()
+    requirements = [line for line in lines if line and not line.startswith("#")]
     assert metadata == {"requires-python": f">={PYTHONS[0]}", "dependencies": requirements}
     # Below the line for the shell, above all else.
     assert source[: block.start()].count("\n") <= 1
