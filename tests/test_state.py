@@ -163,6 +163,18 @@ async def test_state_of_another_account_is_not_used(
     assert bot.session["access_token"] != session["access_token"]
 
 
+async def test_start_as_somebody_else_costs_no_command(room: Room, bot: Bot) -> None:
+    """A MATRIX_USER that is mistaken once, and cannot log in, leaves the state as it is."""
+    await has_run(room, bot)
+    await room.command("meanwhile")
+    bot.environment["MATRIX_USER"] = "@nobody:echobot.test"
+    await bot.start()
+    assert await bot.wait() == 77
+    bot.environment["MATRIX_USER"] = room.bot_id
+    await bot.start()
+    assert await room.replies(2) == ["first", "meanwhile"]
+
+
 async def test_broken_session_is_replaced_and_no_command_is_lost(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:

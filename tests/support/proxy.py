@@ -134,15 +134,15 @@ class Proxy:
         if not endpoint.endswith("/sync"):
             return path
         asked = dict(parse_qsl(query))
+        if self.timeline_limit:
+            only = json.loads(asked["filter"])
+            only["room"]["timeline"]["limit"] = self.timeline_limit
+            asked["filter"] = json.dumps(only)
         if "timeout" in asked and self.speed != 1:
             timeout = int(asked["timeout"])
             asked["timeout"] = str(max(1, int(timeout / self.speed)))
             # Synapse repeats its answer to the same request: what was another has to stay so.
             asked["filter"] = asked.get("filter", "{}") + " " * (timeout % 1000)
-        if self.timeline_limit:
-            only = json.loads(asked["filter"])
-            only["room"]["timeline"]["limit"] = self.timeline_limit
-            asked["filter"] = json.dumps(only)
         return f"{endpoint}?{urlencode(asked)}"
 
 
