@@ -498,10 +498,10 @@ async def test_wrong_path_set_later_costs_no_command() -> None:
         field.bot.environment["MATRIX_HOMESERVER"] += "/_matrix/client"
         before = field.proxy.count("")
         await field.bot.start()
+        await eventually(lambda: field.proxy.count("") > before)
         began = field.now()
         # Longer than the minute after which a position that is refused is given up.
         await eventually(lambda: not field.bot.running or field.now() - began > 150)
-        assert field.proxy.count("") > before
         if field.bot.running:
             await field.bot.stop()
         else:
