@@ -338,9 +338,11 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did that and only its answer was lost."""
     if room.tried == tx_id:
-        page: Any = await room.client.room_messages(room.room_id, "", limit=100)
-        if content["echobot.answers"] in replied(room, by_id(part(page, list, "chunk"))):
-            return page
+        with suppress(Failure, TimeoutError):
+            async with asyncio.timeout(10):
+                page: Any = await room.client.room_messages(room.room_id, "", limit=100)
+            if content["echobot.answers"] in replied(room, by_id(part(page, list, "chunk"))):
+                return page
     room.tried = tx_id
     return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
 
@@ -381,9 +383,12 @@ async def known_at(room: Room, position: str) -> list[str]:
     # One alone first: Synapse fills up a page from other homeservers, with what seems old.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
+    ids = list(page)
     for event_id, event in newest.items():
         if event_id in page and part(event, str, "unsigned", "membership") in ("", "join"):
-            return list(page)[list(page).index(event_id) :]
+            # And what it has fetched before seems old, too: there only a reply shows what is done.
+            done = [n for n, i in enumerate(ids) if i in replied(room, page)]
+            return ids[max(done, default=ids.index(event_id)) :]
     return []
 
 

@@ -16,17 +16,21 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Self
 
-from support.bot import Bot, eventually, new_bot
-from support.homeserver import PASSWORD, SERVER_NAME, Homeserver, User, running_homeserver
+try:
+    from support.bot import Bot, eventually, new_bot
+    from support.homeserver import PASSWORD, SERVER_NAME, Homeserver, User, running_homeserver
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing}: install tests/requirements.txt, as the README says")
 
 INTERACTIVE = sys.stdin.isatty()
 PROMPT, CLEAR_LINE = ("> ", "\r\x1b[K") if INTERACTIVE else ("", "")
 
 WELCOME = f"""
-You are @alice:{SERVER_NAME}, in a room with @bot:{SERVER_NAME}. Try: !replybot hello
-Ctrl-D ends it.
+You are @alice:{SERVER_NAME}, in a room with @bot:{SERVER_NAME}.
+It answers what starts with !replybot, and nothing else. Try: !replybot hello
+Ctrl-D ends it. To try another bot, change reply_to in echobot.py and start this again.
 
-To join with a Matrix client on this machine, log in there with
+To talk to it with a Matrix client on this machine, log in there with
     homeserver  {{url}}
     user        alice
     password    {PASSWORD}
@@ -69,11 +73,12 @@ class Room:
         self.shown, self.log_shown = len(events), len(lines)
 
     async def is_answered(self) -> bool:
-        """Tell whether the bot has saved a position that is past all that we said."""
+        """Tell whether the bot has saved a position past all that we said, and owes no reply."""
         only = json.dumps({"types": ["m.room.message"], "senders": [self.user.user_id]})
         query = {"from": self.bot.next_batch, "dir": "f", "limit": 1, "filter": only}
         path = f"/rooms/{self.room_id}/messages"
-        return not (await self.user.request("GET", path, **query))["chunk"]
+        is_past = not (await self.user.request("GET", path, **query))["chunk"]
+        return is_past and not self.bot.unfinished
 
 
 async def main() -> int:
@@ -84,7 +89,7 @@ async def main() -> int:
         asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
     try:
         async with contextlib.AsyncExitStack() as stack:
-            tell("Starting a homeserver ...")
+            tell("Starting a homeserver (some seconds) ...")
             homeserver = await stack.enter_async_context(running_homeserver())
             tell(" done\nStarting echobot.py ...")
             bot = await stack.enter_async_context(new_bot(homeserver.url))
@@ -134,6 +139,8 @@ async def typed_lines() -> AsyncIterator[str]:
         with open(0, "rb", buffering=0, closefd=False) as stdin, contextlib.suppress(RuntimeError):
             for line in stdin:
                 loop.call_soon_threadsafe(lines.put_nowait, line.decode(errors="replace").strip())
+                if not line.endswith(b"\n"):  # Ctrl-D twice after half a line ends it too.
+                    break
             loop.call_soon_threadsafe(lines.put_nowait, None)
 
     threading.Thread(target=read, daemon=True).start()

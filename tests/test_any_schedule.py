@@ -7,7 +7,6 @@ Schedule(...): to replay it, put @example(Schedule(...)) on the test.
 import random
 from dataclasses import dataclass
 
-import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st

@@ -29,7 +29,7 @@ def terminal(environment: dict[str, str]) -> Iterator[pexpect.spawn[str]]:
     """The playground on a terminal of its own, as it starts."""
     command = [sys.executable, str(PLAYGROUND)]
     terminal = pexpect.spawn("env", command, timeout=60, env=environment, encoding="utf-8")
-    terminal.expect_exact("Starting a homeserver ...")
+    terminal.expect_exact("Starting a homeserver")
     yield terminal
     terminal.close(force=True)
 
@@ -49,10 +49,22 @@ def test_pipe_gets_the_answers_and_status_0(environment: dict[str, str]) -> None
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["Ctrl-C", "Ctrl-D"])
+def test_python_without_the_requirements_is_told_what_to_install() -> None:
+    """It takes one line, and no traceback."""
+    command = [sys.executable, "-S", str(PLAYGROUND)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert "tests/requirements.txt" in line
+
+
+KEYS = {"Ctrl-C": "\x03", "Ctrl-D": "\x04", "Ctrl-D twice after half a line": "half\x04\x04"}
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
 def test_terminal_shows_a_chat_until_a_key_ends_it(terminal: pexpect.spawn[str], key: str) -> None:
-    """There are progress, a way to join, a prompt and answers."""
-    for text in ("homeserver  http://127.0.0.1:", "> "):
+    """There are progress, what is answered, a way to join, a prompt and answers."""
+    for text in ("what starts with !replybot", "homeserver  http://127.0.0.1:", "> "):
         terminal.expect_exact(text)
     terminal.send("!replybot hello\n")
     terminal.expect_exact("bot: hello\r\n> ")

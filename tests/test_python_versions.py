@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ from support.people import People
 from support.proxy import Proxy
 
 REQUIREMENTS = ECHOBOT.with_name("requirements.txt")
+
+# As PEP 723 has it: what uv and pipx read to set all up by themselves.
+METADATA = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
 
 
 def interpreter(version: str) -> str | None:
@@ -36,7 +41,21 @@ async def run(*command: object) -> None:
     assert process.returncode == 0, output.decode()
 
 
-VERSIONS = [(version, "aiohttp") for version in ("3.11", "3.12", "3.13", "3.14")]
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+VERSIONS = [(version, "aiohttp") for version in PYTHONS]
+
+
+def test_inline_metadata_says_what_requirements_txt_says() -> None:
+    """There is one block, of a script: the same requirements, and the oldest Python tried here."""
+    source = ECHOBOT.read_text()
+    (block,) = re.finditer(METADATA, source)
+    assert block["type"] == "script"
+    metadata = tomllib.loads(re.sub("(?m)^# ?", "", block["content"]))
+    lines = REQUIREMENTS.read_text().splitlines()
+    requirements = [line for line in lines if line and not line.startswith("#")]
+    assert metadata == {"requires-python": f">={PYTHONS[0]}", "dependencies": requirements}
+    # Below the line for the shell, above all else.
+    assert source[: block.start()].count("\n") <= 1
 
 
 @pytest.mark.parametrize(("version", "aiohttp"), [*VERSIONS, ("3.11", "aiohttp==3.10.*")])

@@ -4,16 +4,19 @@ import asyncio
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import support.proxy as faults
-from support.bot import ECHOBOT, Bot, eventually
+from support.bot import ECHOBOT, Bot, eventually, new_bot, together
 from support.people import People
 from support.proxy import POLL, SEND, SYNC, Proxy
+from support.scripted import field_of
 
 
 async def test_log_has_a_line_for_each_thing_that_happened(people: People, bot: Bot) -> None:
@@ -98,6 +101,91 @@ async def test_systemd_is_told_what_the_bot_does(
     assert await quick_bot.stop() == 0
     await eventually(lambda: messages[-1] == "STOPPING=1")
     assert messages.count("READY=1") == 1
+
+
+async def test_notifications_that_nobody_reads_hold_nothing_up(tmp_path: Path) -> None:
+    """Whether the socket is full, gone or never was there: it answers, and ends when it is told."""
+
+    async def answers(address: str) -> None:
+        async with field_of() as field:
+            room = field.server.room()
+            field.bot.environment["NOTIFY_SOCKET"] = address
+            await field.bot.run()
+            for n in range(3):
+                room.command(n)
+                await room.answers(*range(n + 1))
+            assert await field.bot.stop() == 0
+            assert "WARNING" not in field.bot.log
+
+    full, gone, abstract = tmp_path / "full", tmp_path / "gone", f"@echobot-full-{os.getpid()}"
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as at_path,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as in_namespace,
+    ):
+        for unix, address in ((at_path, str(full)), (in_namespace, re.sub("^@", "\0", abstract))):
+            unix.bind(address)
+            fill(address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+            unix.bind(str(gone))
+        absent, too_long = tmp_path / "absent", tmp_path / ("x" * 200)
+        addresses = (full, abstract, gone, absent, too_long, tmp_path)
+        await together(*(answers(str(address)) for address in addresses))
+
+
+def fill(address: str) -> None:
+    """Send messages to a socket until it takes no more."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
+        unix.setblocking(False)
+        while True:
+            try:
+                unix.sendto(b"full", address)
+            except BlockingIOError:
+                return
+
+
+async def test_signals_end_it_at_once_though_nobody_takes_its_log() -> None:
+    """The reader of its stderr is gone, the disk that it is on is full, or it was never open.
+
+    Until then commands are answered and positions saved, and the exit status is 0; that of what
+    ends by itself is its own.
+    """
+
+    async def ends(kind: str, number: int) -> None:
+        async with field_of() as field:
+            room = field.server.room()
+            await start_without_log(field.bot, kind)
+            await field.bot.saves()
+            before = field.bot.next_batch
+            room.command("hello")
+            await room.answers("hello")
+            await field.bot.saves(other_than=before)
+            with field.proxy.inject(faults.bad_gateway, SEND) as fault:  # Which would be logged.
+                room.command("more")
+                await fault.happens()
+                assert await field.bot.send_signal(number) == 0
+
+    async def ends_by_itself(kind: str) -> None:
+        async with new_bot("nowhere") as bot:
+            await start_without_log(bot, kind)
+            assert await bot.wait() == 78
+
+    kinds = ("reader gone", "full", "closed")
+    await together(
+        *(ends(kind, number) for kind in kinds for number in (signal.SIGTERM, signal.SIGINT)),
+        *map(ends_by_itself, kinds),
+    )
+
+
+async def start_without_log(bot: Bot, kind: str) -> None:
+    """Start the process with a stderr, and stdout, that take nothing."""
+    if kind == "closed":
+        await bot.start(preexec_fn=partial(os.closerange, 1, 3))
+        return
+    here, there = os.pipe() if kind == "reader gone" else (None, os.open("/dev/full", os.O_WRONLY))
+    if here is not None:
+        os.close(here)
+    await bot.start(stdout=there, stderr=there)
+    os.close(there)
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd-analyze")

@@ -1,53 +1,186 @@
 """Wrong settings end the bot with one clear line; what may mend itself is waited out."""
 
+import asyncio
+import json
 import ssl
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import support.proxy as faults
 import trustme
-from support.bot import ECHOBOT, Bot, new_bot
+from aiohttp import web
+from support.bot import ECHOBOT, Bot, eventually, new_bot, together
 from support.homeserver import free_port
 from support.people import People, Room
-from support.proxy import Proxy, running_proxy
+from support.proxy import Proxy, running_proxy, served
+from support.scripted import field_of
+from yarl import URL
 
+NOWHERE = "http://127.0.0.1:9"  # where nothing listens
 VARIABLES = (
     "MATRIX_USER MATRIX_PASSWORD MATRIX_ACCESS_TOKEN MATRIX_HOMESERVER MATRIX_INVITERS"
     " STATE_DIRECTORY LOG_LEVEL NOTIFY_SOCKET HTTPS_PROXY HTTP_PROXY NO_PROXY"
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("MATRIX_USER", ""),
-        ("MATRIX_PASSWORD", ""),
-        ("LOG_LEVEL", "LOUD"),
-        ("MATRIX_HOMESERVER", "example.com"),
-        ("MATRIX_HOMESERVER", "ftp://example.com"),
-        ("MATRIX_HOMESERVER", "https:///"),
-        ("MATRIX_HOMESERVER", "https://[::1"),
-        ("MATRIX_HOMESERVER", "http://127.0.0.1:port"),
-        ("MATRIX_HOMESERVER", "http://127.0.0.1:99999"),
-        # Bytes that are no UTF-8, as the environment brings them to Python.
-        ("MATRIX_PASSWORD", "p\udce4ssword"),
-        ("MATRIX_PASSWORD", "password\udced\udca0\udc80"),
-        ("MATRIX_ACCESS_TOKEN", "\udcff"),
-        ("MATRIX_USER", "@bot\udcff:echobot.test"),
+# By variable: what can be used by nobody.
+UNUSABLE = {
+    # Docker's env files keep quotes; the others are what people take for a user ID.
+    "MATRIX_USER": [
+        "'@bot:echobot.test'",
+        '"@bot:echobot.test"',
+        "bot",
+        "@bot",
+        "bot:echobot.test",
+        "bot@echobot.test",
+        "@bot:",
+        "@bot:echobot .test",
+        "@the bot:echobot.test",
+        "@bot:echobot.test:port",
+        "@bot:https://echobot.test",
+        "https://matrix.to/#/@bot:echobot.test",
+        "@bot\udcff:echobot.test",
     ],
-)
-async def test_missing_or_unusable_value_is_refused_with_78(name: str, value: str) -> None:
+    "MATRIX_HOMESERVER": [
+        "example.com",
+        "ftp://example.com",
+        "https:///",
+        "https://[::1",
+        "http://127.0.0.1:port",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:66000",
+        "'http://127.0.0.1:9'",
+        "http://127.0.0.1:9?access_token=ssword",
+        "http://127.0.0.1:9/#/login",
+        "http://127.0.0.1:9/matrix?",
+        "http://bot:ssword@127.0.0.1:9",
+    ],
+    "MATRIX_INVITERS": [
+        "alice",
+        "@alice",
+        "alice:a.test",
+        "@alice:a.test;@bob:b.test",
+        "@alice:a.test, bob",
+        "'@alice:a.test'",
+        '"@alice:a.test @bob:b.test"',
+        "https://matrix.to/#/@alice:a.test",
+        "@alice:a.test\n@bob:b.test",
+        ",",
+    ],
+    "LOG_LEVEL": ["LOUD", '"INFO"'],
+    # Bytes that are no UTF-8, as the environment brings them to Python.
+    "MATRIX_PASSWORD": ["p\udce4ssword", "password\udced\udca0\udc80"],
+    "MATRIX_ACCESS_TOKEN": ["\udcff"],
+    "HTTP_PROXY": [
+        "socks5://bot:ssword@127.0.0.1:1080",
+        "http://",
+        "http://bot:ssword@",
+        "127.0.0.1:port",
+        "127.0.0.1:66000",
+        "http://bot:ssword@[::1:3128",
+        "bot:ssword@no proxy",
+        "'http://bot:ssword@127.0.0.1:3128'",
+    ],
+    "http_proxy": ["ftp://127.0.0.1:21"],
+    "ALL_PROXY": ["socks5h://127.0.0.1:1080"],
+    "all_proxy": ["socks4://127.0.0.1:1080"],
+}
+
+# Runs a script in a process of its own for each environment, but imports what takes long once.
+RUNS = """
+import json, os, runpy, signal, sys
+import aiohttp, nio
+del sys.argv[0]
+for environment in json.load(sys.stdin):
+    here, there = os.pipe()
+    if not (child := os.fork()):
+        os.dup2(there, 1)
+        os.dup2(there, 2)
+        signal.alarm(20)
+        os.environ.update(environment)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        os._exit(99)
+    os.close(there)
+    with open(here, errors="replace") as output:
+        text = output.read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text]))
+"""
+
+
+def refusals(directory: Path, *environments: dict[str, str]) -> list[str]:
+    """Assert that with each environment it ends with 78 and one line; return these lines."""
+    usual = {
+        "MATRIX_HOMESERVER": NOWHERE,
+        "MATRIX_USER": "@bot:echobot.test",
+        "MATRIX_PASSWORD": "password",
+        "STATE_DIRECTORY": str(directory),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", RUNS, str(ECHOBOT)],
+        input=json.dumps([{**usual, **environment} for environment in environments]),
+        env={},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    for environment, (status, output) in zip(environments, results, strict=True):
+        assert status == 78, (environment, output)
+        assert output.startswith("echobot: "), (environment, output)
+        assert output.count("\n") == 1, (environment, output)
+    return [output for _, output in results]
+
+
+def test_unusable_value_is_refused_with_78(tmp_path: Path) -> None:
     """Waiting would not mend it; the one line has the variable's name, and never a password."""
-    async with new_bot("http://127.0.0.1:9") as bot:
-        bot.environment[name] = value
-        status, line = await (await bot.start()).refused()
-        assert bot.log.splitlines() == [line]
-    assert status == 78
-    assert name in line
-    assert "ssword" not in line
+    cases = [(name, value) for name, values in UNUSABLE.items() for value in values]
+    lines = refusals(tmp_path, *({name: value} for name, value in cases))
+    for (name, value), line in zip(cases, lines, strict=True):
+        # Names of proxies are in use in both cases.
+        assert name.lower() in line.lower(), (value, line)
+        assert "ssword" not in line.replace("MATRIX_PASSWORD", "")
+        # What people have in mind is the name before the @.
+        assert name != "MATRIX_USER" or "\udcff" in value or "@bot:example.org" in line
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
+    """An empty variable counts as missing; what can be set instead of the password is named too."""
+    user, secret = {"MATRIX_USER": ""}, {"MATRIX_PASSWORD": ""}
+    no_user, no_secret, nothing = refusals(tmp_path, user, secret, {**user, **secret})
+    for line in (no_user, nothing):
+        assert "MATRIX_USER" in line
+    for line in (no_secret, nothing):
+        assert "MATRIX_PASSWORD" in line
+        assert "MATRIX_ACCESS_TOKEN" in line
+
+
+VALID = {
+    "@bot:echobot.test:8448": "echobot.test:443",
+    "@bot:127.0.0.1:8448": "127.0.0.1:443",
+    "@bot:[::1]": "::1:443",
+    "@bot:[2001:db8::1]:8448": "2001:db8::1:443",
+    "@b.o=t/x_-+1:Echobot.Test": "echobot.test:443",
+    # Until 2017 a localpart could have any printable character.
+    "@Bot!o'#$~{t}:echobot.test": "echobot.test:443",
+}
+
+
+async def test_every_valid_user_id_is_taken() -> None:
+    """With a port, an address or an old localpart; its server is asked for the homeserver."""
+
+    async def is_taken(user: str) -> None:
+        async with new_bot("", MATRIX_USER=user) as bot:
+            await bot.start()
+            await bot.logs(VALID[user])
+            assert "Trouble with discovery" in bot.log
+            assert await bot.stop() == 0
+
+    await together(*map(is_taken, VALID))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +223,11 @@ async def test_unknown_argument_is_refused_with_2(bot: Bot, arguments: list[str]
     assert "--help" in line
 
 
-@pytest.mark.parametrize("options", [[], ["-O"], ["-OO"], ["-OO", "-I"]], ids=" ".join)
-def test_help_needs_no_environment(options: list[str]) -> None:
+def test_help_needs_no_environment() -> None:
     """It has an example and every variable of the contract, also where docstrings are left out."""
-    for argument in ("--help", "-h"):
-        command = [sys.executable, *options, str(ECHOBOT), argument]
+    script = str(ECHOBOT)
+    for arguments in ([script, "--help"], ["-OO", "-I", script, "-h"]):
+        command = [sys.executable, *arguments]
         run = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, check=True)
         assert run.stderr == ""
         for text in ("python echobot.py", *VARIABLES.split()):
@@ -174,35 +307,68 @@ async def server(people: People, bot: Bot, tmp_path: Path) -> AsyncIterator[Prox
         yield server
 
 
+def publishes(url: str) -> faults.Fault:
+    """The server's .well-known names this homeserver."""
+    return faults.answer(200, {"m.homeserver": {"base_url": url}})
+
+
 async def test_homeserver_is_found_from_the_user_id(
     people: People, room: Room, bot: Bot, server: Proxy
 ) -> None:
-    """What the server publishes is used, itself on 404; while it can't tell, what was used last.
+    """What the server publishes is used, itself on 404; whatever ails discovery, what was last.
 
     So a homeserver that has moved is found at the next start, and nothing is lost.
     """
     url = people.homeserver.url
-    published = faults.answer(200, {"m.homeserver": {"base_url": f"{url}/"}})
-    course = [(faults.not_found, "https://echobot.test"), (published, url)]
-    troubles = (faults.internal_error, faults.cut_before, faults.not_json)
-    course += [(fault, url) for fault in troubles]
-    with server.inject(faults.not_json, WELL_KNOWN):
-        await bot.start()
-        await bot.logs("discovery (needed unless MATRIX_HOMESERVER is set): HTTP 200; trying again")
-        await bot.stop()
-    asked_of_old = 0
-    for start, (fault, homeserver) in enumerate(course, 1):
-        with server.inject(fault, WELL_KNOWN) as asked:
+    async with running_proxy(url) as elsewhere:
+        course = [(faults.not_found, "https://echobot.test"), (publishes(f"{url}/"), url)]
+        troubles = (faults.not_found, faults.internal_error, faults.cut_before, faults.not_json)
+        course += [(fault, url) for fault in troubles]
+        course += [(publishes(elsewhere.url), elsewhere.url), (faults.not_found, elsewhere.url)]
+        with server.inject(faults.not_json, WELL_KNOWN):
             await bot.start()
-            await bot.ready(start)
-            assert asked.happened
-            if start > 1:
-                assert await room.replies(start - 1) == [str(n) for n in range(1, start)]
-                assert len(server.requests) == asked_of_old + asked.happened
-            assert bot.session["homeserver"] == homeserver
-        await bot.stop()
-        await room.command(start)
-        asked_of_old = len(server.requests)
+            what = "discovery (needed unless MATRIX_HOMESERVER is set)"
+            await bot.logs(f"{what}: HTTP 200; trying again")
+            await bot.stop()
+        asked_of_old = 0
+        for start, (fault, homeserver) in enumerate(course, 1):
+            with server.inject(fault, WELL_KNOWN) as asked:
+                await bot.start()
+                await bot.ready(start)
+                assert asked.happened
+                if start > 1:
+                    assert await room.replies(start - 1) == [str(n) for n in range(1, start)]
+                    # Only discovery asks the server of the server name.
+                    assert len(server.requests) == asked_of_old + asked.happened
+                assert bot.session["homeserver"] == homeserver
+            await bot.stop()
+            await room.command(start)
+            asked_of_old = len(server.requests)
+
+
+@pytest.mark.parametrize("trouble", ["not_found", "internal_error", "not_json"])
+async def test_moved_homeserver_is_found_though_discovery_fails_at_first(
+    people: People, room: Room, bot: Bot, server: Proxy, trouble: str
+) -> None:
+    """Where the last one does not answer, the server is asked again; on 404 it is that itself."""
+    bot.speed = server.speed = 20
+    await bot.run()
+    assert await bot.stop() == 0
+    session = {**bot.session, "homeserver": NOWHERE}
+    (bot.state / "session.json").write_text(json.dumps(session))
+    await room.command("meanwhile")
+    times = float("inf") if trouble == "not_found" else 2
+    async with running_proxy(people.homeserver.url, speed=20) as elsewhere:
+        with (
+            server.inject(faults.EVERY_FAULT[trouble], WELL_KNOWN, times) as failed,
+            server.inject(publishes(elsewhere.url), WELL_KNOWN),
+        ):
+            await bot.start()
+            assert await room.replies(1) == ["meanwhile"]
+        assert failed.happened
+        found = "https://echobot.test" if trouble == "not_found" else elsewhere.url
+        await eventually(lambda: bot.session["homeserver"] == found)
+        await bot.kill()
 
 
 @pytest.mark.parametrize("published", [None, {"base_url": "nowhere"}], ids=["null", "no URL"])
@@ -218,14 +384,179 @@ async def test_useless_well_known_is_refused_with_78(
     assert asked.happened
 
 
-async def test_proxy_of_the_environment_is_used(room: Room, bot: Bot, proxy: Proxy) -> None:
-    """A homeserver whose name only the proxy knows is reached; one that is excepted, directly."""
-    bot.environment |= {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "example.org,127.0.0.1"}
-    await bot.run()
-    assert await bot.stop() == 0
-    bot.environment |= {"HTTP_PROXY": proxy.url, "MATRIX_HOMESERVER": "http://matrix.invalid"}
-    await bot.start()
-    await room.command("through the proxy")
-    assert await room.replies(1) == ["through the proxy"]
-    assert proxy.count("http://matrix.invalid/")
+# The environment, with the proxy's address for {}; or what it asks for, where it is another URL.
+BY_PROXY: list[dict[str, str]] = [
+    {"HTTP_PROXY": "{}"},  # as curl takes it
+    {"HTTP_PROXY": "http://{}/"},
+    {"http_proxy": "{}"},
+    {"ALL_PROXY": "{}"},
+    {"all_proxy": "http://{}"},
+    {"HTTP_PROXY": "{}", "ALL_PROXY": "socks5://127.0.0.1:9"},
+    {"HTTP_PROXY": "us%40er:p%3Assw%2Ford%25@{}"},
+    {"HTTP_PROXY": "http://us%40er:p%3Assw%2Ford%25@{}"},
+    {"HTTP_PROXY": "{}", "NO_PROXY": "matrix.invalid:9, .example.org,nvalid,x.matrix.invalid,"},
+]
+DIRECTLY = ["*", "matrix.invalid", ".invalid", "example.org, invalid", "Matrix.Invalid:8008"]
+
+
+async def test_proxy_of_the_environment_is_used() -> None:
+    """In each of the forms that curl takes; what NO_PROXY excepts is reached directly."""
+    asked: list[tuple[str, str]] = []
+
+    async def refuse(request: web.Request) -> web.Response:
+        asked.append((request.raw_path, request.headers.get("Proxy-Authorization", "")))
+        return web.json_response({"errcode": "M_FORBIDDEN"}, status=403)
+
+    async def goes_through(address: str, environment: dict[str, str]) -> None:
+        async with new_bot("http://matrix.invalid:8008") as bot:
+            bot.environment |= {k: v.replace("{}", address) for k, v in environment.items()}
+            status, line = await (await bot.start()).refused()
+        assert status == 77, line
+        assert "ssw" not in line
+
+    async def goes_directly(address: str, but_for: str) -> None:
+        async with new_bot("http://matrix.invalid:8008") as bot:
+            bot.environment |= {"HTTP_PROXY": address, "NO_PROXY": but_for}
+            await bot.start()
+            await bot.logs("Cannot connect to host matrix.invalid:8008")
+            assert await bot.stop() == 0
+
+    async with served(refuse) as url:
+        address = url.removeprefix("http://")
+        await together(
+            *(goes_through(address, environment) for environment in BY_PROXY),
+            *(goes_directly(address, but_for) for but_for in DIRECTLY),
+        )
+    assert len(asked) == len(BY_PROXY)
+    assert {path for path, _ in asked} == {"http://matrix.invalid:8008/_matrix/client/v3/login"}
+    basic = "Basic " + b64encode(b"us@er:p:ssw/ord%").decode()
+    assert sorted(secret for _, secret in asked) == sorted([""] * (len(BY_PROXY) - 2) + [basic] * 2)
+
+
+async def test_proxy_for_https_is_asked_for_a_tunnel(
+    people: People, room: Room, bot: Bot, tmp_path: Path
+) -> None:
+    """Through it comes what is meant for the homeserver alone: the proxy sees only its name."""
+    asked: list[bytes] = []
+    tls = new_certificate(bot, tmp_path, "matrix.invalid")
+    async with running_proxy(people.homeserver.url, tls=tls) as server:
+
+        async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            asked.append(await reader.readuntil(b"\r\n\r\n"))
+            port = int(server.url.rpartition(":")[2])
+            reader_there, writer_there = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            with suppress(OSError):
+                await together(pass_on(reader, writer_there), pass_on(reader_there, writer))
+
+        listener = await asyncio.start_server(tunnel, "127.0.0.1")
+        port = listener.sockets[0].getsockname()[1]
+        bot.environment["MATRIX_HOMESERVER"] = "https://matrix.invalid"
+        bot.environment["HTTPS_PROXY"] = f"user:p%40ssword@127.0.0.1:{port}"
+        await bot.run()
+        await room.command("through the tunnel")
+        assert await room.replies(1) == ["through the tunnel"]
+        assert await bot.stop() == 0
+        listener.close()
+    basic = b"Basic " + b64encode(b"user:p@ssword")
+    assert all(head.startswith(b"CONNECT matrix.invalid:443 HTTP/1.1\r\n") for head in asked)
+    assert all(basic in head for head in asked)
     assert "WARNING" not in bot.log
+
+
+async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Write what is read, until the end."""
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+
+@pytest.mark.parametrize("place", ["/_matrix/client", "/_matrix/"])
+async def test_homeserver_with_a_wrong_path_is_told_from_a_wrong_password(
+    people: People, place: str
+) -> None:
+    """A homeserver answers that it does not know the request: the line names the URL to mend."""
+
+    async def is_named(**secret: str) -> None:
+        async with new_bot(people.homeserver.url + place, MATRIX_USER=people.bot_id) as bot:
+            bot.environment |= secret
+            status, line = await (await bot.start()).refused()
+        assert status in (77, 78)
+        assert "MATRIX_HOMESERVER" in line
+
+    await together(is_named(), is_named(MATRIX_ACCESS_TOKEN=people.account.access_token))
+
+
+async def test_wrong_path_set_later_costs_no_command() -> None:
+    """With what is saved of the right one, it neither gives up the position nor the session."""
+    async with field_of(speed=60) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.stop()
+        room.command("meanwhile")
+        field.bot.environment["MATRIX_HOMESERVER"] += "/_matrix/client"
+        before = field.proxy.count("")
+        await field.bot.start()
+        await eventually(lambda: field.proxy.count("") > before)
+        began = field.now()
+        # Longer than the minute after which a position that is refused is given up.
+        await eventually(lambda: not field.bot.running or field.now() - began > 150)
+        if field.bot.running:
+            await field.bot.stop()
+        else:
+            assert "MATRIX_HOMESERVER" in (await field.bot.refused())[1]
+        field.bot.environment["MATRIX_HOMESERVER"] = field.proxy.url
+        await field.bot.start()
+        await room.answers("meanwhile")
+
+
+@pytest.mark.parametrize("path", ["/matrix", "/matrix/", "/a/b.c~d"])
+async def test_homeserver_under_a_path_is_reached(path: str) -> None:
+    """A reverse proxy may have it there."""
+    async with field_of() as field:
+
+        async def strip(request: web.Request) -> web.Response:
+            assert request.raw_path.startswith(f"{path.rstrip('/')}/_matrix/")
+            inner = request.raw_path.removeprefix(path.rstrip("/"))
+            return await field.server.handle(request.clone(rel_url=URL(inner, encoded=True)))
+
+        room = field.server.room()
+        async with served(strip) as url:
+            field.bot.environment["MATRIX_HOMESERVER"] = url + path
+            await field.bot.run()
+            room.command("hello")
+            await room.answers("hello")
+            await field.bot.stop()
+
+
+INVITERS = {
+    "@alice:a.test, @bob:b.test": "alice bob",
+    "@alice:a.test,@bob:b.test": "alice bob",
+    "@alice:a.test  @bob:b.test": "alice bob",
+    ", @alice:a.test ,,": "alice",
+    "@*:b.test,@[c]ar?l:*": "bob carol",
+    "@alice:a.test *:b.test": "alice bob",
+    "*": "alice bob carol",
+    "": "alice bob carol",
+}
+
+
+async def test_inviters_are_separated_by_spaces_or_commas() -> None:
+    """Those whom a pattern names are followed, the invitations of others are rejected."""
+
+    async def follows(inviters: str, followed: str) -> None:
+        async with field_of() as field:
+            field.bot.environment["MATRIX_INVITERS"] = inviters
+            rooms = {}
+            for sender in ("@alice:a.test", "@bob:b.test", "@carol:c.test"):
+                rooms[sender] = field.server.room("leave")
+                rooms[sender].set_membership("invite", sender)
+            await field.bot.start()
+            await eventually(
+                lambda: {room.membership for room in rooms.values()} <= {"join", "leave"}
+            )
+            joined = [sender for sender, room in rooms.items() if room.membership == "join"]
+            assert [sender[1:].partition(":")[0] for sender in joined] == followed.split(), inviters
+
+    await together(*(follows(inviters, followed) for inviters, followed in INVITERS.items()))

@@ -1,17 +1,20 @@
 """Whatever the state directory holds, and whether it can be written or not, the bot answers."""
 
+import errno
 import json
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import support.proxy as faults
-from support.bot import Bot, eventually
+from support.bot import Bot, eventually, new_bot, together
 from support.homeserver import PASSWORD, MatrixError
 from support.people import People, Room
-from support.proxy import SEND, Proxy
+from support.proxy import SEND, SYNC, Proxy
+from support.scripted import field_of
 
 # The wall clock goes wrong by what a file says.
 WRONG_CLOCK = """
@@ -71,6 +74,26 @@ os.fsync = counted(write_through)
 os.replace, os.rename = counted(os.replace), counted(os.rename)
 """
 
+# As on NFS, which locks only what is open for writing, or on a shared folder without any locks; and
+# as on many of both, directories can't be fsynced.
+NFS = """
+import errno, fcntl, os, stat
+def flock(descriptor, operation, real=fcntl.flock):
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return real(descriptor, operation)
+def fsync(descriptor, real=os.fsync):
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    real(descriptor)
+fcntl.flock, os.fsync = flock, fsync
+"""
+NO_LOCKS = """
+def flock(descriptor, operation):
+    raise OSError({number}, os.strerror({number}))
+fcntl.flock = fcntl.lockf = flock
+"""
+
 
 async def has_run(room: Room, bot: Bot) -> None:
     """Let the bot run once and answer a command in the room, and stop it."""
@@ -81,52 +104,94 @@ async def has_run(room: Room, bot: Bot) -> None:
 
 
 @pytest.mark.dendrite
-async def test_unusable_next_batch_is_replaced_by_now(room: Room, bot: Bot) -> None:
-    """The log says it loudly; what is said from then on is answered, and nothing older."""
+@pytest.mark.speed(60)
+async def test_unusable_next_batch_is_replaced_by_now(
+    people: People, room: Room, quick_bot: Bot
+) -> None:
+    """The log says it loudly; what is said from then on is answered, and nothing older.
+
+    What the homeserver refuses is tried for a minute first: it may not mean it.
+    """
+    bot = quick_bot
     await has_run(room, bot)
     said = ["first"]
-    for token in (b"", b"\n", b"no token", b"\xff\xfe\x00\x01", b"s1_\xc3\xa9", b"s9_bogus", b"[]"):
+    below = b"!nowhere:echobot.test s1\n"
+    for content in (b"", b"\n" + below, b"s9_bogus\n" + below, b"\xff\xfe\x00\x01 \xc3\xa9"):
         await room.command("old")
-        (bot.state / "next_batch").write_bytes(token)
+        (bot.state / "next_batch").write_bytes(content)
         before = bot.next_batch
         await bot.start()
         await bot.saves(other_than=before)
-        said.append(f"new after {token!r}")
+        said.append(f"new after {content!r}")
         await room.command(said[-1])
         assert await room.replies(len(said)) == said
         errors = [line for line in bot.log.splitlines() if " ERROR " in line]
         assert len(errors) == len(said) - 1
+        assert "next_batch" in errors[-1]
         assert "starting from now" in errors[-1]
         assert await bot.stop() == 0
 
 
-async def test_state_of_another_account_is_not_used(room: Room, bot: Bot) -> None:
-    """Neither its session nor its next_batch, which would be a position in another's messages."""
+async def test_state_of_another_account_is_not_used(
+    room: Room, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """Neither its session nor its next_batch, which would be a position in another's messages.
+
+    Nor at the next start, if it is killed before there is a position of its own.
+    """
+    bot = proxied_bot
     await has_run(room, bot)
     session, before = bot.session, bot.next_batch
     other = "@other:echobot.test"
     (bot.state / "session.json").write_text(json.dumps({**session, "user_id": other}))
+    (bot.state / "next_batch").write_text(f"{before}\n{room.room_id} {before}")
     await room.command("old")
+    polls_from_there = f"since={quote(before)}"
+    asked_by_itself = proxy.count(polls_from_there)
+    with proxy.inject(faults.silence, SYNC) as held:
+        await bot.start()
+        await bot.logs(f"WARNING Not using the state of {other}")
+        await held.happens()
+        assert bot.session["user_id"] == room.bot_id
+        await bot.kill()
     await bot.start()
-    await bot.logs(f"WARNING Not using the state of {other}")
-    await bot.ready(times=2)
+    await bot.ready(times=3)
     await bot.saves(other_than=before)
     await room.command("new")
     assert await room.replies(2) == ["first", "new"]
+    assert proxy.count(polls_from_there) == asked_by_itself
     assert bot.session["user_id"] == room.bot_id
     assert bot.session["access_token"] != session["access_token"]
+
+
+async def test_start_as_somebody_else_costs_no_command(room: Room, bot: Bot) -> None:
+    """A MATRIX_USER that is mistaken once, and cannot log in, leaves the state as it is."""
+    await has_run(room, bot)
+    await room.command("meanwhile")
+    bot.environment["MATRIX_USER"] = "@nobody:echobot.test"
+    await bot.start()
+    assert await bot.wait() == 77
+    bot.environment["MATRIX_USER"] = room.bot_id
+    await bot.start()
+    assert await room.replies(2) == ["first", "meanwhile"]
 
 
 async def test_broken_session_is_replaced_and_no_command_is_lost(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """The bot logs in anew, on its device, and goes on from where it was (an editor was there)."""
+    """The bot logs in anew, on its device, and goes on from where it was.
+
+    So it does with the next_batch of the tutorial's bot, which has no session.
+    """
     bot = proxied_bot
     await has_run(room, bot)
     said = ["first"]
-    for content in (b"", b"\xff\x00", b"[]", b'{"user_id": 5}'):
-        (bot.state / "session.json").write_bytes(content)
-        (bot.state / "next_batch").write_text(bot.next_batch + "\n")
+    for content in (None, b"", b"\xff\x00", b"[]", b'{"user_id": 5}'):
+        # As the tutorial writes it, or an editor.
+        (bot.state / "next_batch").write_text(bot.next_batch + "\n" * bool(content))
+        (bot.state / "session.json").unlink()
+        if content is not None:
+            (bot.state / "session.json").write_bytes(content)
         said.append(f"after {content!r}")
         await room.command(said[-1])
         await bot.start()
@@ -137,6 +202,60 @@ async def test_broken_session_is_replaced_and_no_command_is_lost(
     assert "ERROR" not in bot.log
     assert not proxy.count("since=[^&]*%0A")
     assert len(await people.account.devices()) == 2
+
+
+async def test_next_batch_names_the_rooms_that_owe_replies(
+    people: People, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """With the position from which each has to be read; it is one line where none does."""
+    bot = proxied_bot
+    good, hanging = [await people.room() for _ in range(2)]
+    await bot.run()
+    assert len(bot.saved) == 1
+    with proxy.inject(faults.silence, f"PUT .*{quote(hanging.room_id)[3:]}/send/") as hung:
+        before = bot.next_batch
+        await hanging.command("owed")
+        await hung.happens()
+        await good.command("hello")
+        assert await good.replies(1) == ["hello"]
+        await bot.saves(other_than=before)
+        await eventually(lambda: list(bot.unfinished) == [hanging.room_id])
+        position = bot.unfinished[hanging.room_id]
+        await good.command("hello again")
+        await bot.saves(other_than=bot.next_batch)
+        # The others' goes on, and its own does not.
+        assert bot.unfinished == {hanging.room_id: position}
+        await bot.kill()
+    await bot.start()
+    assert await hanging.replies(1) == ["owed"]
+    await eventually(lambda: len(bot.saved) == 1)
+    assert await good.bodies() == ["hello", "hello again"]
+
+
+async def test_lines_that_make_no_sense_cost_nothing(people: People, bot: Bot) -> None:
+    """Whatever was done to next_batch below its first line, nothing is lost and nothing doubled."""
+    rooms = [await people.invite() for _ in range(5)]
+    await bot.run()
+    for room in rooms:
+        await room.command("first")
+        await room.replies(1)
+    assert await bot.stop() == 0
+    position = bot.next_batch
+    ids = [room.room_id for room in rooms]
+    lines = [position, "", "garbage", "!", "! s1", "!nowhere:echobot.test", "[]", "\0\udcff"]
+    lines += [f"{ids[0]} bogus", ids[1], f"{ids[2]} {position} {position}", f"{ids[3]} {position}"]
+    lines += ["!nowhere:echobot.test s1", f" {ids[3]}  {position}\r", position, f"{ids[3]} bogus"]
+    (bot.state / "next_batch").write_text("\n".join(lines), errors="surrogateescape")
+    for room in rooms:
+        await room.command("second")
+    await bot.start()
+    for room in rooms:
+        assert await room.replies(2) == ["first", "second"]
+        await room.command("third")
+    for room in rooms:
+        assert await room.replies(3) == ["first", "second", "third"]
+    await eventually(lambda: not bot.unfinished.keys() & set(ids), what="all done")
+    assert await bot.stop() == 0
 
 
 async def test_state_is_for_nobody_else_to_read(bot: Bot) -> None:
@@ -192,15 +311,49 @@ async def test_disk_full_from_the_start_costs_no_reply(room: Room, bot: Bot) -> 
 async def test_second_copy_on_the_same_directory_is_refused(
     room: Room, bot: Bot, tmp_path: Path
 ) -> None:
-    """It ends with 75 and one line; the first copy does not notice."""
+    """It ends with 75 and one line, whatever it calls the directory; the first does not notice."""
     await bot.run()
+    assert (bot.state / "echobot.lock").exists()
     second = Bot("", tmp_path)
-    second.environment = bot.environment
-    status, line = await (await second.start()).refused()
-    assert status == 75
-    assert "another copy is running" in line
+    second.environment = {**bot.environment, "STATE_DIRECTORY": f"{bot.state}/../{bot.state.name}"}
+    for _ in range(2):  # The first refusal does not let go of the lock.
+        second.log_path.unlink(missing_ok=True)
+        status, line = await (await second.start()).refused()
+        assert status == 75
+        assert "another copy is running" in line
     await room.command("hello")
     assert await room.replies(1) == ["hello"]
+
+
+async def test_directory_of_another_machine_is_used(tmp_path: Path) -> None:
+    """On NFS there are locks and no complaints; where there are no locks, one warning says so."""
+
+    async def runs(customize: str, warnings: int) -> None:
+        async with field_of() as field, new_bot(field.proxy.url) as second:
+            room = field.server.room()
+            field.bot.customize = second.customize = customize
+            second.environment = field.bot.environment
+            await field.bot.run()
+            if not warnings:
+                assert (await (await second.start()).refused())[0] == 75
+            for life in range(1, 3):
+                before = field.bot.next_batch
+                room.command(life)
+                await room.answers(*range(1, life + 1))
+                await field.bot.saves(other_than=before)
+                await field.bot.kill()
+                assert field.bot.log.count(" WARNING ") == warnings * life, field.bot.log
+                await field.bot.start()
+            assert "lock" in field.bot.log or not warnings
+            assert "Can't save" not in field.bot.log
+            assert " ERROR " not in field.bot.log
+            await field.bot.ready(times=3)
+            assert await field.bot.stop() == 0
+
+    without_locks = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF]
+    await together(
+        runs(NFS, 0), *(runs(NFS + NO_LOCKS.format(number=number), 1) for number in without_locks)
+    )
 
 
 async def test_clock_set_wrong_changes_nothing(
@@ -238,8 +391,8 @@ async def test_power_cut_at_any_moment_leaves_the_files_whole(
     await eventually(lambda: {"next_batch", "session.json"} <= set(os.listdir(tmp_path)))
     await bot.kill()
     cut_power()
-    # The session and the position are each written, renamed and entered in the directory.
-    for cut in range(1, 7):
+    # The session, twice, and the position are each written, renamed, entered in the directory.
+    for cut in range(1, 10):
         with suppress(MatrixError):  # Power may have failed before there was another token.
             await people.homeserver.revoke(bot.session["access_token"])
         await room.command(cut)
@@ -249,5 +402,5 @@ async def test_power_cut_at_any_moment_leaves_the_files_whole(
         cut_power()
     bot.environment["CUT"] = "0"
     await bot.start()
-    assert await room.replies(6) == [str(n) for n in range(1, 7)]
+    assert await room.replies(9) == [str(n) for n in range(1, 10)]
     assert "ERROR" not in bot.log

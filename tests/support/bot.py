@@ -31,7 +31,7 @@ async def eventually(
         await asyncio.sleep(min(0.02 + waited / 10, 0.5))
 
 
-async def together(*checks: Coroutine[Any, Any, None]) -> None:
+async def together(*checks: Coroutine[Any, Any, object]) -> None:
     """Run checks side by side, as those that wait more than they work may; all must hold."""
     async with asyncio.TaskGroup() as tasks:
         for check in checks:
@@ -91,8 +91,12 @@ class Bot:
         self.log_path = directory / "bot.log"
 
     async def start(self, *arguments: str, **options: object) -> Self:
-        """Start the process; `options` go to `create_subprocess_exec`."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(SETTINGS)}
+        """Start the process; `options` go to `create_subprocess_exec`, before those used here."""
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(SETTINGS) and not name.lower().endswith("_proxy")
+        }
         clock = FAST_CLOCK.format(speed=self.speed) if self.speed != 1 else ""
         (self.directory / "sitecustomize.py").write_text(clock + self.customize)
         with self.log_path.open("a") as log:
@@ -101,10 +105,7 @@ class Bot:
                 str(self.script),
                 *arguments,
                 env={**inherited, "PYTHONPATH": str(self.directory), **self.environment},
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                **options,  # type: ignore[arg-type]
+                **{"stdin": asyncio.subprocess.DEVNULL, "stdout": log, "stderr": log, **options},  # type: ignore[arg-type]
             )
         return self
 
@@ -164,10 +165,23 @@ class Bot:
         await self.saves()
 
     @property
+    def saved(self) -> list[str]:
+        """The lines of the file next_batch: the position, and each room that owes replies."""
+        path = self.state / "next_batch"
+        return path.read_text(errors="replace").split("\n") if path.exists() else [""]
+
+    @property
     def next_batch(self) -> str:
         """The saved position, empty if there is none."""
-        path = self.state / "next_batch"
-        return path.read_text(errors="replace") if path.exists() else ""
+        return self.saved[0]
+
+    @property
+    def unfinished(self) -> dict[str, str]:
+        """The rooms that still owe replies, each with the position from which it is to be read."""
+        return {
+            room: since
+            for room, _, since in (line.partition(" ") for line in self.saved[1:] if line)
+        }
 
     async def saves(self, other_than: str = "", seconds: float = 60) -> None:
         """Wait until it has saved a position, another one than this."""

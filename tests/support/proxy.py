@@ -135,12 +135,15 @@ class Proxy:
         if not endpoint.endswith("/sync"):
             return path
         asked = dict(parse_qsl(query))
-        if "timeout" in asked:
-            asked["timeout"] = str(max(1, int(int(asked["timeout"]) / self.speed)))
         if self.timeline_limit:
             only = json.loads(asked["filter"])
             only["room"]["timeline"]["limit"] = self.timeline_limit
             asked["filter"] = json.dumps(only)
+        if "timeout" in asked and self.speed != 1:
+            timeout = int(asked["timeout"])
+            asked["timeout"] = str(max(1, int(timeout / self.speed)))
+            # Synapse repeats its answer to the same request: what was another has to stay so.
+            asked["filter"] = asked.get("filter", "{}") + " " * (timeout % 1000)
         return f"{endpoint}?{urlencode(asked)}"
 
 
