@@ -14,17 +14,17 @@ rewrite one function: `reply_to`. Four rules keep the promise, whatever breaks o
    position to read it from again. So a slow room costs only itself, and a stop needs no care.
 2. A reply names what it answers. Before anything is answered, or sent again, the bot's own
    messages tell what has a reply already.
-3. Read back what was left out: to what was known before, or to the bot's own invitation. What
+3. Read back what was left out, to what was known before or to the bot's own invitation. What
    precedes that is history.
 4. Persist. One loop repeats every request until it succeeds, is refused for good, or fails for
    long in a room while syncs succeed. A bug is shown, and costs one event.
 
-Environment (an empty variable counts as missing):
-    MATRIX_USER          the full user ID; and MATRIX_PASSWORD, or MATRIX_ACCESS_TOKEN instead
-    MATRIX_HOMESERVER    base URL; default: found from the user ID at every start
-    MATRIX_INVITERS      whose invitations are accepted: @me:example.org @*:example.com; default: *
-    STATE_DIRECTORY      where next_batch and session.json are kept; default: working directory
-    LOG_LEVEL            DEBUG, INFO, WARNING or ERROR; default: INFO
+Environment:
+    MATRIX_USER        the full user ID; and MATRIX_PASSWORD, or MATRIX_ACCESS_TOKEN instead
+    MATRIX_HOMESERVER  base URL; default: found from the user ID at every start
+    MATRIX_INVITERS    whose invitations are accepted: @me:example.org @*:example.com; default: *
+    STATE_DIRECTORY    where next_batch and session.json are kept; default: working directory
+    LOG_LEVEL          DEBUG, INFO, WARNING or ERROR; default: INFO
     HTTPS_PROXY, HTTP_PROXY, NO_PROXY and systemd's NOTIFY_SOCKET are honoured.
 Exit status: 0 stopped, 1 bug, 2 usage, 75 another copy runs, 77 credentials refused, 78 settings.
 """
@@ -58,9 +58,9 @@ from nio import AsyncClient, MessageDirection, RoomMessageText
 COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
-INTERVAL = 0.5  # s between two polls that bring nothing new, and that a poll may wait for replies
-MAX_DELAY = 60  # s between two attempts, twice that if told so; s that the first one may take
-PATIENCE = 600  # s that a room may fail while syncs succeed, and that any attempt may take
+INTERVAL = 0.5  # s between polls that bring nothing new, and that a poll may wait for replies
+MAX_DELAY = 60  # s between two attempts, twice that if told so; s that the first may take
+PATIENCE = 600  # s that a room may fail while syncs succeed; s that later attempts may take
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 500  # rooms that are answered at a time: often only 1,024 files may be open
 MAX_REMEMBERED = 1000  # event IDs of a room
@@ -69,8 +69,8 @@ BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_
 # What a success has, by the names of nio's responses.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
-PORT = r"(:(6553[0-5]|655[0-2]\d|65[0-4]\d\d|6[0-4]\d{3}|[1-5]?\d{1,4}))?"
-HOST = rf"([\w.-]+|\[[\da-fA-F:.]+\]){PORT}"
+HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,4}|:[1-5]\d{4}|:6[0-4]\d{3}|:65[0-4]\d\d|:655[0-3]\d)?"
+INVITERS = r"""((?=\S*[:*])[@*?[][^@;'"\s]*\s*)+"""
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
 Events = dict[str, JSON]  # by event ID, oldest first unless told
@@ -103,27 +103,26 @@ async def main() -> None:
     loop.set_default_executor(ThreadPoolExecutor(1000))
     # The libraries stay silent: nio's warnings quote whole events, access tokens included.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
-    log.setLevel(setting("LOG_LEVEL", "INFO", "DEBUG|INFO|WARNING|ERROR", "INFO"))
+    log.setLevel(setting("LOG_LEVEL", "INFO", "DEBUG|INFO|WARNING|ERROR"))
     user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
     token = setting("MATRIX_ACCESS_TOKEN")
     if not user or not (token or setting("MATRIX_PASSWORD")):
         stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
-    state = State(Path(setting("STATE_DIRECTORY", ".")), user)
-    client = Client(user, state)
+    client = Client(user, State(Path(setting("STATE_DIRECTORY", ".")), user))
     what = "discovery (needed unless MATRIX_HOMESERVER is set)"
     client.use(setting("MATRIX_HOMESERVER") or await persist(lambda: discover(client), what))
     if token or not client.access_token:
         await persist(lambda: log_in(client), f"the login at {client.homeserver}")
-    state.save_session(homeserver=client.homeserver)
+    client.state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
-    await guarded(sync_forever(client, state))
+    await guarded(sync_forever(client))
 
 
-def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "UTF-8") -> str:
+def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "INFO") -> str:
     """Return an environment variable; an empty one counts as missing."""
     value = os.environ.get(name) or default
     if not re.fullmatch(form, value):
-        stop(78, f"{name} is malformed: it must be one line, like {example}")
+        stop(78, f"{name} is malformed: it must be one line of UTF-8, like {example}")
     return value
 
 
@@ -144,16 +143,17 @@ async def guarded(work: Awaitable[Any]) -> Any:
         stop(1, "ended by a bug")
 
 
-async def sync_forever(client: "Client", state: "State") -> None:
+async def sync_forever(client: "Client") -> None:
     """Hand what each sync response brings to its rooms, save what is done, and poll on."""
-    next_batch, older = state.next_batch, None
+    state, next_batch, older = client.state, client.state.next_batch, None
     while True:
         began = time.monotonic()
         request = persist(partial(poll, client, next_batch), "the sync")
         polling = asyncio.create_task(guarded(request))
         if older:
-            behind = {i: room.pending[0] for i, room in client.known_rooms.items() if room.pending}
-            await asyncio.to_thread(state.save_positions, next_batch, behind)
+            rooms = [room for room in client.known_rooms.values() if room.pending]
+            behind = [f"{room.room_id} {room.pending[0]}" for room in rooms]
+            await asyncio.to_thread(state.save, "next_batch", next_batch, *behind)
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=MAX_DELAY)
@@ -198,9 +198,9 @@ def sync_filter(since: str) -> JSON:
     nothing: JSON = {"types": []}
     room = dict.fromkeys(["timeline", "state", "ephemeral", "account_data"], nothing)
     if since:
-        # Dendrite changes the order if types are left out; without lazy_load_members Synapse
-        # leaves out a room that it has joined only in part.
-        room |= {"timeline": {"limit": 1000}, "state": {**nothing, "lazy_load_members": True}}
+        room["timeline"] = {"limit": 1000}  # of all types, or Dendrite changes the order
+        # Without this Synapse leaves out a room that it has joined only in part.
+        room["state"] = {**nothing, "lazy_load_members": True}
     return {"room": room, "presence": nothing, "account_data": nothing}
 
 
@@ -236,7 +236,7 @@ class Room:
         self.joining: Task | None = None
         self.answered: dict[str, None] = {}  # event IDs, as later timelines may repeat them
         self.tried = ""  # the last transaction ID
-        self.failing_since: float | None = None  # s of successful syncs
+        self.failing_since = float("inf")  # s of successful syncs
         self.has_notice = False  # that it is encrypted
 
 
@@ -247,11 +247,11 @@ def start(room: Room, timeline: JSON, since: str, upto: str) -> Task:
 
 
 async def answer_timeline(room: Room, timeline: JSON, since: str, upto: str) -> None:
-    """Answer a timeline, and what it leaves out."""
+    """Answer a timeline, and before it what it leaves out."""
     async with room.turn, room.client.slots:
         events = by_id(part(timeline, list, "events"))
         # The first one after a join may reach into the time before.
-        is_first = any(own_membership(room, event) == "join" for event in events.values())
+        is_first = "join" in [own_membership(room, event) for event in events.values()]
         if is_first or part(timeline, bool, "limited"):
             events = await read_back(room, since, upto, events)
         await answer_events(room, events)
@@ -260,17 +260,16 @@ async def answer_timeline(room: Room, timeline: JSON, since: str, upto: str) -> 
 
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
-    done = replied(room, events)
+    done = replied(room, events) | room.answered.keys()
     # Not every homeserver tells the bot's membership at an event: it follows from its changes.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
         membership = own_membership(room, event) or membership
         then = part(event, str, "unsigned", "membership") or membership
-        is_new = event_id not in done and event_id not in room.answered
         room.answered[event_id] = None
         try:
-            if is_new and then in ("invite", "join"):
+            if event_id not in done and then in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises.
             # Without its text, which may quote the message.
@@ -287,8 +286,8 @@ def replied(room: Room, events: Events) -> set[str]:
 
 def own_membership(room: Room, event: Any) -> str:
     """Return the membership that an event gives the bot, "" if it does not change that."""
-    now = part(event, str, "content", "membership")
     before = part(event, str, "unsigned", "prev_content", "membership")
+    now = part(event, str, "content", "membership")
     is_own = part(event, str, "state_key") == room.client.user_id
     return str(now) if is_own and now != before else ""
 
@@ -348,32 +347,26 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
-    """Return what came between two positions, oldest first.
-
-    What comes late from other homeservers has its place among the events that were known.
-    """
+    """Return what came between two positions, oldest first, wherever its place in the room is."""
     known = await known_at(room, since)
-    border, read, start, tries = set(known), Events(), upto, 0  # read: newest first
+    read, start, tries = dict(reversed(timeline.items())), upto, 0  # newest first
+    ends = known  # all of them, as what comes late from other homeservers is in between
     while start and tries < MAX_EMPTY_PAGES:
-        chunk, before = await read_page(room, start, 100)
+        page, before = await read_page(room, start, 100)
         # A homeserver's worker that lags leaves a hole before the timeline.
-        is_hole = not read and chunk and timeline and not chunk.keys() & timeline.keys()
-        tries = tries + 1 if is_hole or chunk.keys() <= read.keys() else 0
+        is_hole = start == upto and page and timeline and not page.keys() & timeline.keys()
+        tries = tries + 1 if is_hole or page.keys() <= read.keys() else 0
         await asyncio.sleep(min(tries / 4, 1))
         if is_hole and tries < 9:
             continue
-        start, read = before, read | chunk
-        if not known:  # All is done up to the invitation, or to what has a reply.
-            border |= {i for i in chunk if own_membership(room, chunk[i]) == "invite"}
-            border |= replied(room, chunk)
-        if known[-1] in chunk if known else border & read.keys() or not chunk:
+        start, read = before, read | page
+        if not known:  # Back to the invitation, or to what has a reply.
+            invitations = {i for i in page if own_membership(room, page[i]) == "invite"}
+            ends = [i for i in read if i in invitations | replied(room, read)]
+        if page.keys() & set(ends[-1:]) or not (page or known):
             break
-    ends = [n for n, event_id in enumerate(read, 1) if event_id in border]
-    new = [i for i in list(read)[: max(ends, default=None)] if i not in known]
-    # The end of the timeline may be missing in the pages all the same.
-    ends = [n for n, event_id in enumerate(timeline, 1) if event_id in read]
-    end = list(timeline.items())[max(ends, default=0) :]
-    return {event_id: read[event_id] for event_id in reversed(new)} | dict(end)
+    last = max((n for n, event_id in enumerate(read, 1) if event_id in ends), default=None)
+    return {i: read[i] for i in reversed(list(read)[:last]) if i not in known}
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -386,7 +379,7 @@ async def known_at(room: Room, position: str) -> list[str]:
     ids = list(page)
     for event_id, event in newest.items():
         if event_id in page and part(event, str, "unsigned", "membership") in ("", "join"):
-            # And what it has fetched before seems old, too: there only a reply shows what is done.
+            # So does what it filled up earlier: of the newest ones, replies alone tell.
             done = [n for n, i in enumerate(ids) if i in replied(room, page)]
             return ids[max(done, default=ids.index(event_id)) :]
     return []
@@ -394,11 +387,10 @@ async def known_at(room: Room, position: str) -> list[str]:
 
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
     """Return events before a position, newest first, and the position before them."""
-    back = MessageDirection.back
-    # Homeservers cap the limit at 100; that of the filter only Dendrite heeds, where it has to be
-    # large: where pages meet, events of the same depth are left out.
+    # Dendrite alone heeds a limit in the filter; it loses events where its pages meet.
     only = {"limit": 1000} if limit > 1 else None
-    request = partial(room.client.room_messages, room.room_id, start, None, back, limit, only)
+    back, messages = MessageDirection.back, room.client.room_messages
+    request = partial(messages, room.room_id, start, None, back, limit, only)
     page = await persist(request, f"reading {room.room_id}", room)
     return by_id(part(page, list, "chunk")), part(page, str, "end")
 
@@ -418,7 +410,7 @@ def invite(room: Room, invited: JSON, since: str) -> None:
 
 async def accept(room: Room, invited: JSON, since: str) -> None:
     """Join the room and answer what was said since the invitation, or reject that."""
-    client, room_id, room.failing_since = room.client, room.room_id, None
+    client, room_id, room.failing_since = room.client, room.room_id, float("inf")
     events = part(invited, list, "invite_state", "events")
     senders = [part(event, str, "sender") for event in events if own_membership(room, event)]
     inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
@@ -444,7 +436,7 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             async with asyncio.timeout(time_limit):
                 response = await request()
             if room:
-                room.failing_since = None
+                room.failing_since = float("inf")
             if cause:
                 log.info("No more trouble with %s", what)
             return response
@@ -470,9 +462,8 @@ def gives_up(room: Room, failure: "Failure") -> bool:
     """Tell whether a request is given up: it is wrong itself, or the room fails for long."""
     if failure.is_awaited or failure.refusal in (400, 413):
         return not failure.is_awaited
-    if room.failing_since is None:
-        room.failing_since = room.client.synced_for
-    # From then on each request gets one attempt, until one succeeds.
+    # After that each request gets one attempt, until one succeeds.
+    room.failing_since = min(room.failing_since, room.client.synced_for)
     return room.client.synced_for - room.failing_since >= PATIENCE
 
 
@@ -496,14 +487,14 @@ class Failure(Exception):
 def failure_of(status: int, content: Any, headers: Any) -> Failure:
     """Return what an answer that is no success says, in the homeserver's own words."""
     errcode, error = part(content, str, "errcode"), part(content, str, "error")
-    cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
+    cause = f"HTTP {status}" + f" {errcode} ({error[:200]})" * bool(errcode)
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
     failure.status = status
     failure.is_awaited = status == 429 or (status in (401, 403) and errcode in BLOCKED)
     if errcode and 400 <= status < 500 and not failure.is_awaited:
         failure.refusal = status  # What stands before a homeserver has no errcode.
     told = headers.get("Retry-After", "")
-    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000  # more exact
+    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000
     with suppress(ValueError):
         seconds = seconds or float(told)
     with suppress(ValueError, TypeError):  # A date, by the server's clock: ours may be wrong.
@@ -521,8 +512,8 @@ class Client(AsyncClient):
         self.state, device = state, part(state.session, str, "device_id") or "ECHOBOT"
         token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
         self.restore_login(user, device, token)
-        form, example = r"""((?=\S*[:*])[@*?[][^@;'"\s]*\s*)+""", "@me:x.org @*:y.org"
-        self.inviters = re.split("[ ,]+", setting("MATRIX_INVITERS", "*", form, example))
+        inviters = setting("MATRIX_INVITERS", "*", INVITERS, "@me:example.org @*:example.com")
+        self.inviters = re.split("[ ,]+", inviters)
         self.known_rooms: dict[str, Room] = {}
         self.heard = set[str]()  # the event IDs of the last sync response
         self.told = set[str]()  # invitations: some homeservers tell them in every response
@@ -613,7 +604,7 @@ async def log_in(client: Client) -> None:
     new_token = found.get("access_token", "")  # One that was given is not saved.
     client.restore_login(client.user, device, token or new_token)
     if not client.state.session:  # Or another user's position would seem to be ours.
-        client.state.save_positions(client.state.next_batch, client.state.behind)
+        client.state.save("next_batch", *client.state.lines)
     client.state.save_session(user_id=client.user, device_id=device, access_token=new_token)
 
 
@@ -644,27 +635,24 @@ class State:
         if owner not in ("", user):
             log.warning("Not using the state of %s", owner)
             text, self.session = "", {}
-        self.next_batch, *lines = [line.strip() for line in text.split("\n")]
+        self.lines = [line.strip() for line in text.split("\n")]
+        self.next_batch = self.lines[0]
         if owner == user and not self.next_batch:
             log.error("next_batch is missing or empty: starting from now instead")
-        rooms = [line.partition(" ") for line in lines if line.startswith("!")]
+        rooms = [line.partition(" ") for line in self.lines if line.startswith("!")]
         self.behind = {room_id: position for room_id, _, position in rooms}
-
-    def save_positions(self, next_batch: str, behind: dict[str, str]) -> None:
-        """Save up to where all is done, but for the rooms that are behind."""
-        self.save("next_batch", "\n".join([next_batch, *map(" ".join, behind.items())]))
 
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
         self.session |= changes
         self.save("session.json", json.dumps(self.session))
 
-    def save(self, name: str, text: str) -> None:
+    def save(self, name: str, *lines: str) -> None:
         """Replace a file whole, or say once that it can't be done: answering goes on without."""
         temporary = self.directory / f"{name}.tmp"
         try:
             temporary.touch(0o600)
-            temporary.write_text(text)
+            temporary.write_text("\n".join(lines))
             with temporary.open() as file:
                 os.fsync(file.fileno())
             temporary.replace(self.directory / name)
