@@ -253,7 +253,8 @@ async def answer_timeline(room: Room, timeline: JSON, since: str, upto: str) -> 
         # The first one after a join may reach into the time before.
         is_first = "join" in [own_membership(room, event) for event in events.values()]
         if is_first or part(timeline, bool, "limited"):
-            events = await read_back(room, since, upto, events)
+            # From the oldest position: the answer to its join may be lost.
+            events = await read_back(room, room.pending[0], upto, events)
         await answer_events(room, events)
     room.pending.remove(since)
 
