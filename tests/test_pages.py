@@ -151,7 +151,7 @@ async def hole_is_filled(manners: Manners, kind: str) -> None:
         await field.proxy.counts(MESSAGES, 4)
         assert not room.replies
         field.server.pages_up_to = float("inf")
-        await room.answers(*range(12))
+        await room.answers(*range(12), seconds=60)
 
 
 async def test_bytes_that_are_no_utf8() -> None:
