@@ -71,5 +71,6 @@ async def test_limited_timeline_is_read_oldest_first(
     await proxied_bot.start()
     await room.command("after")
     replies = [body for body in await room.replies(122) if not body.startswith("!")]
-    assert proxy.count(MESSAGES) >= 5
+    # What was known before, in two requests, and what came since.
+    assert 3 <= proxy.count(MESSAGES) <= 6
     assert replies == [*(str(n) for n in range(110)), "after"]

@@ -22,10 +22,11 @@ async def test_command_is_answered_with_its_rest(room: Room, bot: Bot) -> None:
     await bot.run()
     body = f"hello world and @room, {room.user.user_id}"
     mentions = {"room": True, "user_ids": [room.user.user_id]}
-    await room.say(f"!replybot {body}", **{"m.mentions": mentions})
+    command = await room.say(f"!replybot {body}", **{"m.mentions": mentions})
     assert await room.replies(1) == [body]
     (reply,) = await room.events()
-    assert reply["content"] == {"msgtype": "m.text", "body": body, "m.mentions": {}}
+    expected = {"msgtype": "m.text", "body": body, "m.mentions": {}, "echobot.answers": command}
+    assert reply["content"] == expected
     notified = await room.user.request("GET", "/notifications", only="highlight")
     assert notified["notifications"] == []
 
@@ -116,12 +117,11 @@ async def test_reply_outside_a_thread_relates_to_nothing(room: Room, bot: Bot) -
         {"rel_type": ["m.thread"], "event_id": "$root"},
     ]
     await bot.run()
-    for relation in relations:
-        await room.say("!replybot hello", **{"m.relates_to": relation})
+    commands = [await room.say("!replybot hello", **{"m.relates_to": it}) for it in relations]
     await room.replies(len(relations))
     contents = [event["content"] for event in await room.events()]
     plain = {"msgtype": "m.text", "body": "hello", "m.mentions": {}}
-    assert contents == [plain] * len(relations)
+    assert contents == [{**plain, "echobot.answers": command} for command in commands]
 
 
 async def test_upgraded_room_is_followed(people: People, room: Room, bot: Bot) -> None:
