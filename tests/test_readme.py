@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 from statistics import median
 
+from aiohttp import web
 from support.bot import ECHOBOT, Bot, fork
 from support.people import Room
+from support.proxy import served
 
 README = ECHOBOT.with_name("README.md").read_text()
+(IMPORT,) = re.findall(r"It needs `(.*?)`", README)
 BEFORE, AFTER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SOURCE = ECHOBOT.read_text()
 
@@ -20,14 +23,22 @@ def test_reply_to_is_shown_as_it_is() -> None:
     assert re.sub("  #.*", "", function).endswith(body.rstrip())
 
 
-async def test_dice_are_rolled(room: Room, bot: Bot) -> None:
-    """The example of another bot works when it is put into the file, with its imports."""
-    bot.script = fork(bot.directory, AFTER)
-    await bot.run()
-    await room.say("!roll 3", "!replybot hello", "!rolls", "!roll")
-    three, one = await room.replies(2)
-    assert re.fullmatch("[1-6] [1-6] [1-6]", three)
-    assert re.fullmatch("[1-6]", one)
+async def test_example_of_another_bot_works(room: Room, bot: Bot) -> None:
+    """It asks a server (of the test) and answers with formatted text when it is put into the file."""
+
+    async def forecast(request: web.Request) -> web.Response:
+        return web.Response(text=f"{request.path[1:]}: <10 degrees")
+
+    async with served(forecast) as url:
+        bot.script = fork(bot.directory, AFTER.replace("https://wttr.in", url))
+        source = bot.script.read_text()
+        bot.script.write_text(source.replace("import json\n", f"import json\n{IMPORT}\n"))
+        await bot.run()
+        await room.say("!weather Oslo", "!replybot hello", "!weathers", "!weather Rome")
+        assert await room.replies(2) == ["Oslo: <10 degrees", "Rome: <10 degrees"]
+    for event in await room.events():
+        assert event["content"]["msgtype"] == "m.notice"
+        assert "&lt;10 degrees" in event["content"]["formatted_body"]
 
 
 def test_every_test_that_is_named_exists() -> None:
