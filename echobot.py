@@ -653,7 +653,7 @@ class State:
         temporary = self.directory / f"{name}.tmp"
         try:
             temporary.touch(0o600)
-            temporary.write_text("\n".join(lines))
+            temporary.write_text("\n".join(lines), errors="replace")
             with temporary.open() as file:
                 os.fsync(file.fileno())
             temporary.replace(self.directory / name)
