@@ -453,10 +453,11 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             cause = str(failure)
             level = logging.INFO if failure.status == 429 else logging.WARNING
             log.log(level, "Trouble with %s: %s; trying again", what, cause)
-        # An attempt that took long has waited already.
-        delay = min(2 * delay, MAX_DELAY) if time.monotonic() - began < 5 else 0.25
+        if time.monotonic() - began > 5:
+            delay = 0.25  # It has waited already.
         told = turn(room, failure) if room else failure.retry_after
-        await asyncio.sleep(told or delay * random.uniform(0.25, 0.5))
+        await asyncio.sleep(told or delay * random.uniform(0.5, 1))
+        delay = min(2 * delay, MAX_DELAY)
 
 
 def gives_up(room: Room, failure: "Failure") -> bool:

@@ -144,7 +144,7 @@ async def test_position_of_a_room_that_is_refused(manners: Manners) -> None:
             await other.answers("hello")
             await is_past(field, field.server.position)
             await field.bot.kill()
-        next_batch, line = field.bot.next_batch.splitlines()
+        next_batch, line = field.bot.saved
         room_id, _ = line.split()
         assert room_id == room.room_id
         (field.bot.state / "next_batch").write_text(f"{next_batch}\n{room_id} garbage\n")
