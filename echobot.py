@@ -103,7 +103,7 @@ async def main() -> None:
     loop.set_default_executor(ThreadPoolExecutor(1000))
     # The libraries stay silent: nio's warnings quote whole events, access tokens included.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
-    log.setLevel(setting("LOG_LEVEL", "INFO", "DEBUG|INFO|WARNING|ERROR"))
+    log.setLevel(setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR").upper())
     user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
     token = setting("MATRIX_ACCESS_TOKEN")
     if not user or not (token or setting("MATRIX_PASSWORD")):
