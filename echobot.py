@@ -70,7 +70,7 @@ BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,4}|:[1-5]\d{4}|:6[0-4]\d{3}|:65[0-4]\d\d|:655[0-3]\d)?"
-INVITERS = r"""((?=\S*[:*])[@*?[][^@;'"\s]*\s*)+"""
+INVITERS = r"""((?=\S*[:*])[@*?[][^@;'"\s]* *)+"""
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
 Events = dict[str, JSON]  # by event ID, oldest first unless told
@@ -355,7 +355,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     while start and tries < MAX_EMPTY_PAGES:
         page, before = await read_page(room, start, 100)
         # A homeserver's worker that lags leaves a hole before the timeline.
-        is_hole = start == upto and page and timeline and not page.keys() & timeline.keys()
+        is_hole = start == upto and timeline and not page.keys() & timeline.keys()
         tries = tries + 1 if is_hole or page.keys() <= read.keys() else 0
         await asyncio.sleep(min(tries / 4, 1))
         if is_hole and tries < 9:

@@ -31,7 +31,7 @@ async def goes_on(trouble: Fault) -> None:
             await joining.happens()
             room.command("first")
             await room.answers("first")
-            await eventually(lambda: invited.room_id in field.bot.next_batch)
+            await eventually(lambda: invited.room_id in field.bot.unfinished)
             await field.bot.kill()
         invited.command("invited")
         room.command("second")
