@@ -59,8 +59,10 @@ COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 INTERVAL = 0.5  # s between polls that bring nothing new, and that a poll may wait for replies
-MAX_DELAY = 60  # s between two attempts, twice that if told so; s that the first may take
-PATIENCE = 600  # s that a room may fail while syncs succeed; s that later attempts may take
+MAX_DELAY = 60  # s between two attempts, twice that if told so
+TIME_LIMIT = 60  # s for an attempt; twice as long after each that took longer, up to PATIENCE
+PATIENCE = 600  # s that a room may fail while syncs succeed
+POSITION_PATIENCE = 60  # s that the position of a sync may be refused
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 500  # rooms that are answered at a time: often only 1,024 files may be open
 MAX_REMEMBERED = 1000  # event IDs of a room
@@ -70,7 +72,7 @@ BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,4}|:[1-5]\d{4}|:6[0-4]\d{3}|:65[0-4]\d\d|:655[0-3]\d)?"
-INVITERS = r"""((?=\S*[:*])[@*?[][^@;'"\s]* *)+"""
+INVITER = r"""(?=.*[:*])[@*?[][^@;'"]*"""
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
 Events = dict[str, JSON]  # by event ID, oldest first unless told
@@ -156,13 +158,13 @@ async def sync_forever(client: "Client") -> None:
             await asyncio.to_thread(state.save, "next_batch", next_batch, *behind)
         while not polling.done():
             notify("WATCHDOG=1")
-            await asyncio.wait([polling], timeout=MAX_DELAY)
+            await asyncio.wait([polling], timeout=60)
         since, response = polling.result()
         next_batch = response["next_batch"]
         if not older:
             notify("READY=1")
             for room_id, position in state.behind.items():
-                start(client.room(room_id), {"limited": True}, position, next_batch)
+                begin(client.room(room_id), {"limited": True}, position, next_batch)
             older = asyncio.create_task(guarded(follow_older(client)))
         answering = hand_out(client, response, since)
         # Neither too far ahead of the replies, nor in a rush if there is nothing new.
@@ -182,7 +184,7 @@ async def poll(client: "Client", since: str) -> tuple[str, JSON]:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
         client.refused_at = (client.refused_at or time.monotonic()) if is_refused else 0
-        if not is_refused or time.monotonic() - client.refused_at < MAX_DELAY:
+        if not is_refused or time.monotonic() - client.refused_at < POSITION_PATIENCE:
             raise
         log.error("next_batch %s is refused, what came since is lost: starting from now", since)
         return await poll(client, "")
@@ -215,7 +217,7 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     timelines = {room_id: part(joined[room_id], dict, "timeline") for room_id in joined}
     heard = {i for timeline in timelines.values() for i in by_id(part(timeline, list, "events"))}
     is_new, client.heard = heard - client.heard, heard
-    tasks = [start(client.room(i), timelines[i], since, response["next_batch"]) for i in joined]
+    tasks = [begin(client.room(i), timelines[i], since, response["next_batch"]) for i in joined]
     return tasks if is_new else []
 
 
@@ -240,23 +242,24 @@ class Room:
         self.has_notice = False  # that it is encrypted
 
 
-def start(room: Room, timeline: JSON, since: str, upto: str) -> Task:
+def begin(room: Room, timeline: JSON, since: str, upto: str) -> Task:
     """Start to answer what came to a room between two positions, after what came before."""
     room.pending.append(since)
-    return asyncio.create_task(guarded(answer_timeline(room, timeline, since, upto)))
+    task = asyncio.create_task(guarded(answer_timeline(room, timeline, upto)))
+    task.add_done_callback(lambda _: room.pending.remove(since))
+    return task
 
 
-async def answer_timeline(room: Room, timeline: JSON, since: str, upto: str) -> None:
-    """Answer a timeline, and before it what it leaves out."""
+async def answer_timeline(room: Room, timeline: JSON, upto: str) -> None:
+    """Answer a timeline that ends at a position, and before it what it leaves out."""
     async with room.turn, room.client.slots:
         events = by_id(part(timeline, list, "events"))
         # The first one after a join may reach into the time before.
         is_first = "join" in [own_membership(room, event) for event in events.values()]
         if is_first or part(timeline, bool, "limited"):
-            # From the oldest position: the answer to its join may be lost.
+            # From the oldest position that is owed: the answer to the join may be lost.
             events = await read_back(room, room.pending[0], upto, events)
         await answer_events(room, events)
-    room.pending.remove(since)
 
 
 async def answer_events(room: Room, events: Events) -> None:
@@ -287,6 +290,8 @@ def replied(room: Room, events: Events) -> set[str]:
 
 def own_membership(room: Room, event: Any) -> str:
     """Return the membership that an event gives the bot, "" if it does not change that."""
+    if part(event, str, "type") != "m.room.member":
+        return ""
     before = part(event, str, "unsigned", "prev_content", "membership")
     now = part(event, str, "content", "membership")
     is_own = part(event, str, "state_key") == room.client.user_id
@@ -305,7 +310,8 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.room_id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            name = "encrypted"  # The same in each life, so that a second one is dropped.
+            # The same in each life, so that the homeserver may drop a second one.
+            name = f"encrypted{room.room_id}"
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = event["content"].get("formatted_body"), event["content"].get("format")
             source = {**event, "room_id": room.room_id}
@@ -348,26 +354,34 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
-    """Return what came between two positions, oldest first, wherever its place in the room is."""
+    """Return what came between two positions, oldest first, wherever its place in the room is.
+
+    It begins with the timeline that ends at `upto`, and goes on with pages from there.
+    """
     known = await known_at(room, since)
-    read, start, tries = dict(reversed(timeline.items())), upto, 0  # newest first
-    ends = known  # all of them, as what comes late from other homeservers is in between
-    while start and tries < MAX_EMPTY_PAGES:
-        page, before = await read_page(room, start, 100)
+    read, position, tries = dict(reversed(timeline.items())), upto, 0  # read: newest first
+    ends = set(known)  # All of it: what comes late from other homeservers has its place in there.
+    while position and tries < MAX_EMPTY_PAGES:
+        page, next_position = await read_page(room, position, 100)
         # A homeserver's worker that lags leaves a hole before the timeline.
-        is_hole = start == upto and timeline and not page.keys() & timeline.keys()
+        is_hole = position == upto and timeline and not page.keys() & timeline.keys()
         tries = tries + 1 if is_hole or page.keys() <= read.keys() else 0
         await asyncio.sleep(min(tries / 4, 1))
         if is_hole and tries < 9:
             continue
-        start, read = before, read | page
-        if not known:  # Back to the invitation, or to what has a reply.
-            invitations = {i for i in page if own_membership(room, page[i]) == "invite"}
-            ends = [i for i in read if i in invitations | replied(room, read)]
-        if page.keys() & set(ends[-1:]) or not (page or known):
+        position, read = next_position, read | page
+        if not known:
+            ends |= {i for i in page if is_end(room, page[i])} | replied(room, page)
+        if (known[-1] in page) if known else (ends & read.keys() or not page):
             break
-    last = max((n for n, event_id in enumerate(read, 1) if event_id in ends), default=None)
-    return {i: read[i] for i in reversed(list(read)[:last]) if i not in known}
+    count = max((n for n, event_id in enumerate(read, 1) if event_id in ends), default=None)
+    return {i: read[i] for i in reversed(list(read)[:count]) if i not in known}
+
+
+def is_end(room: Room, event: JSON) -> bool:
+    """Tell whether the bot is invited by an event, or was not in the room at that time."""
+    was_out = part(event, str, "unsigned", "membership") == "leave"
+    return was_out or own_membership(room, event) == "invite"
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -377,12 +391,12 @@ async def known_at(room: Room, position: str) -> list[str]:
     # One alone first: Synapse fills up a page from other homeservers, with what seems old.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
-    ids = list(page)
+    ids, has_reply = list(page), replied(room, page)
     for event_id, event in newest.items():
         if event_id in page and part(event, str, "unsigned", "membership") in ("", "join"):
-            # So does what it filled up earlier: of the newest ones, replies alone tell.
-            done = [n for n, i in enumerate(ids) if i in replied(room, page)]
-            return ids[max(done, default=ids.index(event_id)) :]
+            # It may have done so before: trust only what is not newer than the oldest reply's.
+            ends = [n for n, i in enumerate(ids) if i in has_reply]
+            return ids[max(ends, default=ids.index(event_id)) :]
     return []
 
 
@@ -422,15 +436,16 @@ async def accept(room: Room, invited: JSON, since: str) -> None:
         elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
             log.info("Joined %s, invited by %s", room_id, inviter)
             client.told.discard(room_id)  # If it is told again, that is another one.
+            room.joining = None  # Nothing cancels it from here on.
             # What comes after the newest position is in the next timeline.
-            start(room, {"limited": True}, since, client.position)
+            await answer_timeline(room, {"limited": True}, client.position)
     finally:
         room.pending.remove(since)
 
 
 async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
     """Repeat a request until it succeeds; return its response, or None if the room gives up."""
-    delay, time_limit, cause = 0.25, MAX_DELAY, ""
+    delay, time_limit, cause = 0.25, TIME_LIMIT, ""
     while True:
         began = time.monotonic()
         try:
@@ -455,21 +470,23 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             log.log(level, "Trouble with %s: %s; trying again", what, cause)
         if time.monotonic() - began > 5:
             delay = 0.25  # It has waited already.
-        told = turn(room, failure) if room else failure.retry_after
+        told = told_to_wait(room, failure) if room else failure.retry_after
         await asyncio.sleep(told or delay * random.uniform(0.5, 1))
         delay = min(2 * delay, MAX_DELAY)
 
 
 def gives_up(room: Room, failure: "Failure") -> bool:
     """Tell whether a request is given up: it is wrong itself, or the room fails for long."""
-    if failure.is_awaited or failure.refusal in (400, 413):
-        return not failure.is_awaited
-    # After that each request gets one attempt, until one succeeds.
+    if failure.is_awaited:
+        return False
+    if failure.refusal in (400, 413):
+        return True
+    # Once it was too long, each request gets one attempt until one succeeds.
     room.failing_since = min(room.failing_since, room.client.synced_for)
     return room.client.synced_for - room.failing_since >= PATIENCE
 
 
-def turn(room: Room, failure: "Failure") -> float:
+def told_to_wait(room: Room, failure: "Failure") -> float:
     """Return the s that a room was told to wait, or more: those that wait go one by one."""
     retries, now = room.client.retries, time.monotonic()
     before = sum(now < at for room_id, at in retries.items() if room_id != room.room_id)
@@ -514,8 +531,9 @@ class Client(AsyncClient):
         self.state, device = state, part(state.session, str, "device_id") or "ECHOBOT"
         token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
         self.restore_login(user, device, token)
-        inviters = setting("MATRIX_INVITERS", "*", INVITERS, "@me:example.org @*:example.com")
-        self.inviters = re.split("[ ,]+", inviters)
+        self.inviters = setting("MATRIX_INVITERS", "*").replace(",", " ").split()
+        if not all(re.fullmatch(INVITER, pattern) for pattern in self.inviters or [""]):
+            stop(78, "MATRIX_INVITERS is malformed: it must be like @me:example.org @*:example.com")
         self.known_rooms: dict[str, Room] = {}
         self.heard = set[str]()  # the event IDs of the last sync response
         self.told = set[str]()  # invitations: some homeservers tell them in every response
@@ -561,13 +579,15 @@ class Client(AsyncClient):
                 body = await response.read()
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             # Not the whole text, which may quote a proxy's password.
-            cause = str(error) if isinstance(error, OSError) else type(error).__name__
+            text = str(error) if isinstance(error, OSError) else ""
+            cause = text or type(error).__name__
             raise Failure(cause) from None
         content: Any = None
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode(errors="replace"))
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
-        is_complete = not key or part(content, str, key) or key == "chunk" in part(content, dict)
+        has_chunk = key == "chunk" and key in part(content, dict)  # It may be empty, or null.
+        is_complete = not key or part(content, str, key) or has_chunk
         if response.status == 200 and isinstance(content, dict) and is_complete:
             return content
         raise failure_of(response.status, content, response.headers)
@@ -600,8 +620,8 @@ async def log_in(client: Client) -> None:
         check = f"MATRIX_USER and MATRIX_{'ACCESS_TOKEN' if token else 'PASSWORD'}"
         why = f"{client.homeserver} refuses {client.user}: {failure}"
         stop(77, f"{why}; check {check}, and MATRIX_HOMESERVER")
-    if found["user_id"] != client.user:
-        stop(78, f"the login is of {found['user_id']}: set MATRIX_USER to that")
+    if (user_id := part(found, str, "user_id")) != client.user:
+        stop(78, f"the login is of {user_id}: set MATRIX_USER to that")
     device = part(found, str, "device_id") or str(client.device_id)
     new_token = found.get("access_token", "")  # One that was given is not saved.
     client.restore_login(client.user, device, token or new_token)
@@ -620,16 +640,11 @@ class State:
                 (directory / name).touch(0o600)
             self.descriptor = os.open(directory, os.O_RDONLY)
             self.lock = (directory / "echobot.lock").open("a")  # until the process ends
+            self.refuse_other_copies()
             text = (directory / "next_batch").read_text(errors="replace")
             session = (directory / "session.json").read_text(errors="replace")
         except OSError as error:
             stop(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stop(75, f"another copy is running on {directory}: stop it first")
-        except OSError as error:
-            log.warning("Can't lock %s (%s): start no other copy", directory, error.strerror)
         self.session: JSON = {}
         with suppress(ValueError):
             self.session = part(json.loads(session), dict)
@@ -643,6 +658,15 @@ class State:
             log.error("next_batch is missing or empty: starting from now instead")
         rooms = [line.partition(" ") for line in self.lines if line.startswith("!")]
         self.behind = {room_id: position for room_id, _, position in rooms}
+
+    def refuse_other_copies(self) -> None:
+        """Lock the directory, or end the process if another copy has."""
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(75, f"another copy is running on {self.directory}: stop it first")
+        except OSError as error:  # Not every file system has locks.
+            log.warning("Can't lock %s (%s): start no other copy", self.directory, error.strerror)
 
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
