@@ -191,7 +191,6 @@ async def poll(client: "Client", since: str) -> tuple[str, JSON]:
     now = time.monotonic()
     client.synced_for += min(now - client.synced_at, SYNC_TIMEOUT / 1000)
     client.synced_at, client.refused_at, client.hold = now, 0, SYNC_TIMEOUT
-    client.position = response["next_batch"]
     return since, response
 
 
@@ -233,7 +232,8 @@ class Room:
 
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.room_id = client, room_id
-        self.pending: list[str] = []  # the positions from which something is not answered yet
+        self.pending: list[str] = []  # the positions after which something is not answered yet
+        self.invited: list[str] = []  # those of them before an invitation: no timeline came since
         self.turn = asyncio.Lock()  # timelines are answered one after the other
         self.joining: Task | None = None
         self.answered: dict[str, None] = {}  # event IDs, as later timelines may repeat them
@@ -245,21 +245,21 @@ class Room:
 def begin(room: Room, timeline: JSON, since: str, upto: str) -> Task:
     """Start to answer what came to a room between two positions, after what came before."""
     room.pending.append(since)
-    task = asyncio.create_task(guarded(answer_timeline(room, timeline, upto)))
-    task.add_done_callback(lambda _: room.pending.remove(since))
-    return task
+    positions, room.invited = [*room.invited, since], []
+    return asyncio.create_task(guarded(answer_timeline(room, timeline, positions, upto)))
 
 
-async def answer_timeline(room: Room, timeline: JSON, upto: str) -> None:
-    """Answer a timeline that ends at a position, and before it what it leaves out."""
+async def answer_timeline(room: Room, timeline: JSON, positions: list[str], upto: str) -> None:
+    """Answer a timeline, and before it what it leaves out; then nothing is owed since positions."""
     async with room.turn, room.client.slots:
         events = by_id(part(timeline, list, "events"))
-        # The first one after a join may reach into the time before.
-        is_first = "join" in [own_membership(room, event) for event in events.values()]
+        # The first one after an invitation or a join may reach into the time before.
+        is_first = len(positions) > 1 or "join" in [own_membership(room, events[i]) for i in events]
         if is_first or part(timeline, bool, "limited"):
-            # From the oldest position that is owed: the answer to the join may be lost.
             events = await read_back(room, room.pending[0], upto, events)
         await answer_events(room, events)
+    for position in positions:
+        room.pending.remove(position)
 
 
 async def answer_events(room: Room, events: Events) -> None:
@@ -420,27 +420,27 @@ def invite(room: Room, invited: JSON, since: str) -> None:
     if room.joining:
         room.joining.cancel()
     room.pending.append(since)
-    room.joining = asyncio.create_task(guarded(accept(room, invited, since)))
+    room.invited.append(since)
+    room.joining = asyncio.create_task(guarded(accept(room, invited)))
 
 
-async def accept(room: Room, invited: JSON, since: str) -> None:
-    """Join the room and answer what was said since the invitation, or reject that."""
-    client, room_id, room.failing_since = room.client, room.room_id, float("inf")
+async def accept(room: Room, invited: JSON) -> None:
+    """Join the room, whose next timeline is read back to the invitation, or reject that."""
+    client, room_id = room.client, room.room_id
+    room.failing_since = float("inf")
     events = part(invited, list, "invite_state", "events")
     senders = [part(event, str, "sender") for event in events if own_membership(room, event)]
     inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
-    try:
-        if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
-            await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
-            log.info("Did not follow the invitation of %s to %s", inviter, room_id)
-        elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
-            log.info("Joined %s, invited by %s", room_id, inviter)
-            client.told.discard(room_id)  # If it is told again, that is another one.
-            room.joining = None  # Nothing cancels it from here on.
-            # What comes after the newest position is in the next timeline.
-            await answer_timeline(room, {"limited": True}, client.position)
-    finally:
-        room.pending.remove(since)
+    if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
+        await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
+        log.info("Did not follow the invitation of %s to %s", inviter, room_id)
+    elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
+        log.info("Joined %s, invited by %s", room_id, inviter)
+        client.told.discard(room_id)  # If it is told again, that is another one.
+        return
+    for position in room.invited:
+        room.pending.remove(position)
+    room.invited = []
 
 
 async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
@@ -490,7 +490,9 @@ def told_to_wait(room: Room, failure: "Failure") -> float:
     """Return the s that a room was told to wait, or more: those that wait go one by one."""
     retries, now = room.client.retries, time.monotonic()
     before = sum(now < at for room_id, at in retries.items() if room_id != room.room_id)
-    seconds = min(failure.retry_after * (before + 1), 2 * MAX_DELAY)
+    # A little more, or the first of them is too early by some ms and waits again behind the last.
+    told = failure.retry_after and failure.retry_after + 0.05
+    seconds = min(told * (before + 1), 2 * MAX_DELAY)
     retries[room.room_id] = now + seconds
     return seconds
 
@@ -541,7 +543,6 @@ class Client(AsyncClient):
         self.retries: dict[str, float] = {}  # by room ID, monotonic s
         self.hold = random.randrange(1, 1000)  # ms, another each time: a failure may be cached
         self.synced_for, self.synced_at, self.refused_at = 0.0, time.monotonic(), 0.0  # s
-        self.position = ""
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
