@@ -6,6 +6,7 @@ import time
 
 import pytest
 import support.proxy as faults
+from aiohttp import web
 from support.bot import Bot, eventually, fork, together
 from support.people import People, Room
 from support.proxy import POLL, SEND, Proxy
@@ -147,7 +148,7 @@ async def test_others_are_answered_promptly_while_rooms_misbehave(
             assert await good.replies(n + 1) == [str(m) for m in range(n + 1)]
             assert time.monotonic() - started < 2
         for fault in (silence, errors, limits):
-            assert fault.happened > 1
+            await fault.happens(2)
     for event_id, room in lost.items():
         reason = "HTTP 403 M_FORBIDDEN" if room is muted else "HTTP 413 M_TOO_LARGE"
         await quick_bot.logs(f"Gave up on the reply to {event_id} in {room.room_id}: {reason}")
@@ -173,3 +174,43 @@ async def test_sends_that_hang_in_110_rooms_stop_no_other_room() -> None:
             for n in range(10):
                 good.command(n)
                 await good.answers(*range(n + 1), seconds=2)
+
+
+async def test_room_is_given_up_though_polls_blip() -> None:
+    """A poll that fails every ten minutes does not count for the room; others wait for nothing.
+
+    After it was given up each of its commands gets one attempt, until one succeeds.
+    """
+    async with field_of(speed=120) as field:
+        bad, good = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        blips = [field.now()]
+
+        async def blip(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+            if field.now() - blips[-1] < 580:
+                return await proxy.forward(request)
+            blips.append(field.now())
+            return faults.cut(request)
+
+        with (
+            field.proxy.inject(blip, POLL),
+            field.proxy.inject(faults.internal_error, sends_to(bad.room_id)) as failing,
+        ):
+            began = field.now()
+            bad.command("hopeless")
+            await field.bot.logs("Gave up on the reply")
+            assert 580 < field.now() - began < 1500
+            assert len(blips) > 1
+            for n in range(3):
+                tried = failing.happened
+                bad.command(f"hopeless {n}")
+                await field.bot.logs("Gave up on the reply", times=n + 2)
+                assert failing.happened == tried + 1
+            good.command("hello")
+            await good.answers("hello")
+        bad.command("good again")
+        await bad.answers("good again")
+        with field.proxy.inject(faults.internal_error, sends_to(bad.room_id), times=4) as failing:
+            bad.command("and patient")
+            await bad.answers("good again", "and patient")
+            assert failing.happened == 4

@@ -3,12 +3,16 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from email.utils import formatdate
 
 import pytest
-from support.bot import Bot
+import support.proxy as faults
+from aiohttp import web
+from support.bot import Bot, eventually, together
 from support.homeserver import Homeserver, running_homeserver
 from support.people import People
-from support.proxy import SEND, Proxy
+from support.proxy import JOIN, POLL, SEND, Fault, Proxy
+from support.scripted import field_of
 
 # Synapse's limits for messages, but 15 times as fast.
 PER_SECOND, BURST = 3, 10
@@ -54,3 +58,94 @@ async def test_limited_rooms_do_not_rush(people: People, proxied_bot: Bot, proxy
     assert len(rooms) + 5 < proxy.count(SEND) < 2.5 * len(rooms)
     times = [(await room.events())[0]["origin_server_ts"] / 1000 for room in rooms]
     assert max(times) - min(times) < 2 * (len(rooms) - BURST) / PER_SECOND
+
+
+async def test_room_limited_for_ever_holds_up_no_other() -> None:
+    """While one room gets 429 each time, four others that met one 429 go on within seconds."""
+    await together(*map(limited_room_holds_up_no_other, (SEND, JOIN)))
+
+
+async def limited_room_holds_up_no_other(request_limited: str) -> None:
+    """Assert that where its sends or its joins are limited."""
+    async with field_of() as field:
+        await field.bot.run()
+        membership = "join" if request_limited == SEND else "invite"
+        rooms = [field.server.room(membership) for _ in range(5)]
+        limit = faults.rate_limited(1000)
+        name = rooms[0].room_id[1:].removesuffix(":echobot.test")
+        with (
+            field.proxy.inject(limit, rf"(?=.*{name}\W){request_limited}") as one,
+            field.proxy.inject(limit, request_limited, times=4) as others,
+        ):
+            for room in rooms:
+                room.command("hello")
+            for room in rooms[1:]:
+                await room.answers("hello", seconds=10)
+            await one.happens(times=2)
+            assert others.happened == 4
+            assert not rooms[0].replies
+        await rooms[0].answers("hello")
+        assert "WARNING" not in field.bot.log
+
+
+TIMELESS: list[Fault] = [
+    faults.answer(429, {"errcode": "M_LIMIT_EXCEEDED", "error": "Too many requests"}),
+    faults.answer(429, "<html>429 Too Many Requests</html>"),
+]
+
+
+@pytest.mark.parametrize("pattern", [SEND, JOIN, POLL], ids=["send", "join", "poll"])
+async def test_429_without_a_time_is_waited_out(pattern: str) -> None:
+    """Told no time, the bot asks more and more seldom, for longer than any failure, told once."""
+    await together(*(limit_is_waited_out(pattern, limit) for limit in TIMELESS))
+
+
+async def limit_is_waited_out(pattern: str, limit: Fault) -> None:
+    """Assert that of one limit."""
+    async with field_of(speed=60) as field:
+        await field.bot.run()
+        room = field.server.room("invite" if pattern == JOIN else "join")
+        with field.proxy.inject(limit, pattern) as limited:
+            room.command("hello")
+            await limited.happens()
+            began = field.now()
+            await eventually(lambda: field.now() - began > 700)
+            assert 10 < limited.happened < 35
+        await room.answers("hello")
+        assert "Gave up" not in field.bot.log
+        assert field.bot.log.count("Trouble with") == 1
+        await field.bot.logs("No more trouble with")
+
+
+async def test_what_retry_after_may_hold_is_understood() -> None:
+    """Seconds or a date, with 429 as with 503; what is neither counts as no time told."""
+    await together(
+        *(retry_is_after(3, "3", status) for status in (429, 503)),
+        *(retry_is_after(3, None, status) for status in (429, 503)),
+        *(
+            retry_is_after(0, odd, 429)
+            for odd in ("soon", "-7", "", "Sun, 06 Nov 1994 08:49:37 GMT")
+        ),
+    )
+
+
+async def retry_is_after(seconds: int, told: str | None, status: int) -> None:
+    """Assert that a send is repeated after so many s if that is told, or (None) as a date."""
+    told_at = 0.0
+
+    async def refuse(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        nonlocal told_at
+        told_at = time.time()
+        # A date has no fractions: it may be up to a second less.
+        date = formatdate(told_at + seconds + 0.9, usegmt=True)
+        headers = {"Retry-After": date if told is None else told}
+        return web.json_response({"errcode": "M_LIMIT_EXCEEDED"}, status=status, headers=headers)
+
+    async with field_of() as field:
+        room = field.server.room()
+        await field.bot.run()
+        with field.proxy.inject(refuse, SEND, times=1) as refused:
+            room.command("hello")
+            await room.answers("hello", seconds=10)
+            assert seconds - 0.2 < time.time() - told_at < seconds + 3
+            assert refused.happened == 1

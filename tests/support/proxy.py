@@ -23,6 +23,7 @@ Fault = Callable[["Proxy", web.Request], Awaitable[web.StreamResponse]]
 ALL = ""
 SYNC = r"/sync"
 POLL = r"/sync\?.*since="
+FIRST_SYNC = r"/sync\?(?!.*since=)"
 SEND = r"PUT .*/send/"
 JOIN = r"POST .*/join"
 LOGIN = r"POST .*/login"
@@ -112,7 +113,7 @@ class Proxy:
             async with self.http.request(
                 request.method,
                 yarl.URL(self.upstream + self._path(request.raw_path), encoded=True),
-                data=await request.read(),
+                data=await request.read() or None,
                 headers=headers,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=300),
@@ -238,6 +239,28 @@ def hold(until: Callable[[], Awaitable[object]]) -> Fault:
 def delay(seconds: float) -> Fault:
     """The request is passed on only after a while."""
     return hold(partial(asyncio.sleep, seconds))
+
+
+def slow(seconds: float) -> Fault:
+    """The request is passed on only after so many s of the bot's clock, even if nobody waits."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(seconds / proxy.speed)
+        return await proxy.forward(request)
+
+    return fault
+
+
+def impatient(seconds: float) -> Fault:
+    """504, as from a proxy that waits only so many s of the bot's clock for the homeserver."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        try:
+            return await asyncio.wait_for(proxy.forward(request), seconds / proxy.speed)
+        except TimeoutError:
+            return web.Response(status=504, text="<html>504 Gateway Time-out</html>")
+
+    return fault
 
 
 def rewrite(change: Callable[[Any], Any]) -> Fault:

@@ -1,0 +1,153 @@
+"""What a room still owes costs only itself, and no crash loses or doubles any of it."""
+
+import re
+
+import pytest
+import support.proxy as faults
+from support.bot import eventually
+from support.proxy import MESSAGES, SEND
+from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
+
+families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
+TROUBLES = {
+    "sends hang": (SEND, faults.silence),
+    "join hangs": ("/join", faults.silence),
+    "join's answer is lost": ("/join", faults.done_but_silent),
+}
+
+
+def of(room: Room, pattern: str) -> str:
+    """Return the pattern of those requests that are about a room."""
+    return f"(?=.*{re.escape(room.room_id[1:].partition(':')[0])}\\W).*{pattern}"
+
+
+async def is_past(field: Field, position: int) -> None:
+    """Wait until a position or a later one is saved."""
+    await eventually(lambda: int(field.bot.next_batch.split()[0][1:]) >= position)
+
+
+@families
+@pytest.mark.parametrize("trouble", TROUBLES)
+async def test_one_room_that_hangs_costs_only_itself(manners: Manners, trouble: str) -> None:
+    """After 50 syncs with commands elsewhere and a kill, only that room is read again, in order."""
+    pattern, fault = TROUBLES[trouble]
+    async with field_of(manners) as field:
+        bad, *good = [field.server.room("leave") for _ in range(4)]
+        for room in (bad, *good) if pattern == SEND else good:
+            room.set_membership("join")
+        await field.bot.run()
+        with field.proxy.inject(fault, of(bad, pattern)) as hanging:
+            if pattern != SEND:
+                bad.command("history")
+                bad.set_membership("invite", ALICE)
+            bad.command(*range(3))
+            await hanging.happens()
+            for n in range(50):
+                good[n % 3].command(n)
+                if n % 10 == 0:
+                    bad.command(3 + n // 10)
+                await good[n % 3].answers(*range(n % 3, n + 1, 3))
+            await is_past(field, field.server.position - 3)
+            await field.bot.kill()
+        asked = len(field.proxy.requests)
+        await field.bot.start()
+        await bad.answers(*range(8), seconds=30)
+        for n, room in enumerate(good):
+            room.command("after")
+            await room.answers(*range(n, 50, 3), "after")
+        read = [request for request in field.proxy.requests[asked:] if re.search(MESSAGES, request)]
+        # Where only the answer was lost, the next sync told that the bot has joined.
+        assert bool(read) == (fault is faults.silence)
+        assert all(re.search(of(bad, MESSAGES), request) for request in read)
+
+
+@families
+@pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "disk full"])
+async def test_replies_are_not_doubled_where_transactions_are_forgotten(
+    manners: Manners, is_saved: bool
+) -> None:
+    """Neither what was answered while another room hung, nor the last one, whose answer is lost."""
+    async with field_of(manners) as field:
+        hanging, room = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        position = field.bot.next_batch
+        with (
+            field.proxy.inject(faults.silence, of(hanging, SEND)) as hangs,
+            field.proxy.inject(faults.delay(0), SEND, times=70) as sends,
+            field.proxy.inject(faults.done_but_silent, SEND) as lost,
+        ):
+            hanging.command("first")
+            await hangs.happens()
+            room.command(*range(71))
+            await lost.happens()
+            await eventually(lambda: len(room.replies) == 71)
+            assert sends.happened == 70
+            await field.bot.kill()
+        field.server.transactions.clear()
+        if not is_saved:
+            (field.bot.state / "next_batch").write_text(position)
+        await field.bot.start()
+        room.command("after")
+        await room.answers(*range(71), "after")
+        await hanging.answers("first")
+
+
+@families
+async def test_repeated_send_is_not_doubled_where_transactions_are_forgotten(
+    manners: Manners,
+) -> None:
+    """Nor within one life, where the homeserver forgets between two attempts."""
+    async with field_of(manners, speed=60) as field:
+        room = field.server.room()
+        await field.bot.run()
+        with field.proxy.inject(faults.done_but_silent, SEND, times=1) as lost:
+            room.command("first", "second")
+            await lost.happens()
+            await eventually(lambda: room.replies)
+            field.server.transactions.clear()
+            await room.answers("first", "second")
+
+
+@families
+@pytest.mark.parametrize("is_limited", [True, False], ids=["limited", "whole"])
+async def test_kicked_and_invited_again_in_one_downtime(manners: Manners, is_limited: bool) -> None:
+    """Of commands before, between and after, the first and the last are answered, in order."""
+    count = 60 if is_limited else 2
+    first, between, last = [range(n * count, (n + 1) * count) for n in range(3)]
+    async with field_of(manners) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*first)
+        room.set_membership("leave", ALICE)
+        room.command(*between)
+        room.set_membership("invite", ALICE)
+        room.command(*last)
+        await field.bot.start()
+        await room.answers(*first, *last)
+        room.command("after")
+        await room.answers(*first, *last, "after")
+
+
+@families
+async def test_position_of_a_room_that_is_refused(manners: Manners) -> None:
+    """The room is read back to the bot's last reply in it: none is lost, none doubled."""
+    async with field_of(manners) as field:
+        room, other = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        room.command("history")
+        await room.answers("history")
+        with field.proxy.inject(faults.silence, of(room, SEND)) as hanging:
+            room.command(*range(12))
+            await hanging.happens()
+            other.command("hello")
+            await other.answers("hello")
+            await is_past(field, field.server.position)
+            await field.bot.kill()
+        next_batch, line = field.bot.next_batch.splitlines()
+        room_id, _ = line.split()
+        assert room_id == room.room_id
+        (field.bot.state / "next_batch").write_text(f"{next_batch}\n{room_id} garbage\n")
+        await field.bot.start()
+        await room.answers("history", *range(12))
+        assert field.proxy.count(of(room, MESSAGES) + ".*from=garbage") > 0

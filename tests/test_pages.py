@@ -1,0 +1,185 @@
+"""What a limited timeline leaves out is read, whatever the homeserver's pages are like."""
+
+import support.proxy as faults
+from aiohttp import web
+from support.bot import together
+from support.proxy import MESSAGES, SYNC, Proxy
+from support.scripted import ALICE, CONDUIT, DENDRITE, IGNORED, JSON, SYNAPSE, Manners, field_of
+
+# What pages may do: hold as few events as one; tell no start; tell an end where there is no more,
+# the same, another each time, or that of the newest one; say null for an empty list.
+PAGES: list[tuple[Manners, JSON]] = [
+    *((CONDUIT, {"page_limit": limit}) for limit in (1, 3)),
+    *((DENDRITE, {"page_limit": 5, "last_end": end}) for end in ("", "round", "other")),
+    (CONDUIT, {"page_limit": 5, "last_end": "t0"}),
+    (CONDUIT, {"page_limit": 7, "last_end": "t0", "empty": "null"}),
+]
+
+
+async def test_pages_of_any_kind_are_read() -> None:
+    """Of gaps of 11, 12 and 21 commands all are answered once, whatever the pages are like."""
+    await together(*(gaps_are_read(*pages) for pages in PAGES))
+
+
+async def gaps_are_read(manners: Manners, changes: JSON) -> None:
+    """Assert that of one kind of pages, where events are known at the position of before or not."""
+    async with field_of(manners, **changes) as field:
+        old = {count: field.server.room() for count in (11, 12, 21)}
+        new = {count: field.server.room("leave") for count in (11, 12, 21)}
+        for room in old.values():
+            room.say("known")
+        await field.bot.run()
+        await field.bot.kill()
+        for count in old:
+            new[count].command("history")
+            new[count].set_membership("invite", ALICE)
+            old[count].command(*range(count))
+            new[count].command(*range(count))
+        await field.bot.start()
+        for count in old:
+            await old[count].answers(*range(count), seconds=40)
+            await new[count].answers(*range(count), seconds=40)
+        assert field.proxy.count(MESSAGES) >= 6
+
+
+async def test_pages_that_never_end() -> None:
+    """Where what was known is purged while it is searched, they are not read for ever."""
+    async with field_of(DENDRITE, speed=120, last_end="other") as field:
+        endless, other = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        await field.bot.kill()
+        since, position = field.bot.next_batch, field.server.position
+        endless.command(*range(12))
+
+        async def purge() -> None:
+            endless.hidden_until = position
+
+        with field.proxy.inject(faults.hold(purge), f"{MESSAGES}(?!.*from={since}&)") as read:
+            await field.bot.start()
+            await read.happens(3)
+            other.command("hello")
+            await other.answers("hello", seconds=5)
+            assert not endless.replies
+            await endless.answers(*range(12), seconds=60)
+            assert 100 < read.happened < 1000
+        endless.command("after")
+        await endless.answers(*range(12), "after")
+
+
+async def test_empty_pages_amid_others_are_read_through() -> None:
+    """Where 50 pages have only what an ignored user says, they are read on, and in no rush."""
+    async with field_of(CONDUIT, speed=10, page_limit=1) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(3))
+        for _ in range(50):
+            room.add("m.room.message", IGNORED, {"msgtype": "m.text", "body": "!replybot me"})
+        room.command(*range(3, 14))
+        await field.bot.start()
+        await field.proxy.counts(MESSAGES, 20)
+        before, began = field.proxy.count(MESSAGES), field.now()
+        await room.answers(*range(14))
+        assert 20 < field.proxy.count(MESSAGES) - before < 2 * (field.now() - began) + 20
+
+
+async def test_hidden_history_is_not_read_through() -> None:
+    """Where 600 pages are empty, since the bot may not see what precedes its join, it stops."""
+    await together(*(hidden_history_costs_little(each) for each in (SYNAPSE, DENDRITE, CONDUIT)))
+
+
+async def hidden_history_costs_little(manners: Manners) -> None:
+    """Assert that of one homeserver: what it shows is answered within seconds."""
+    async with field_of(manners, hides_history=True, page_limit=1) as field:
+        room = field.server.room("leave")
+        room.say(*["hidden"] * 600)
+        await field.bot.run()
+        room.set_membership("invite", ALICE)
+        await field.bot.logs("Joined")
+        room.command(*range(15))
+        await room.answers(*range(15))
+        assert field.proxy.count(MESSAGES) < 40
+        await field.bot.kill()
+        room.command("after")
+        await field.bot.start()
+        await room.answers(*range(15), "after")
+
+
+async def test_gap_takes_few_requests() -> None:
+    """A hundred events a page and a few more: 1,000 messages, some commands, take up to 15."""
+    await together(*(gap_takes_few_requests(each) for each in (SYNAPSE, DENDRITE, CONDUIT)))
+
+
+async def gap_takes_few_requests(manners: Manners) -> None:
+    """Assert that of one homeserver."""
+    async with field_of(manners, timeline_limit=10) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        for n in range(10):
+            room.say(*["chat"] * 99)
+            room.command(n)
+        await field.bot.start()
+        await room.answers(*range(10))
+        assert 10 <= field.proxy.count(MESSAGES) <= 15
+
+
+async def test_worker_that_lags_loses_no_command() -> None:
+    """Where the first page ends before the timeline begins, the hole is noticed and filled."""
+    cases = [
+        (manners, kind) for manners in (SYNAPSE, DENDRITE, CONDUIT) for kind in ("gap", "join")
+    ]
+    await together(*(hole_is_filled(*case) for case in cases))
+
+
+async def hole_is_filled(manners: Manners, kind: str) -> None:
+    """Assert that for 12 commands of a downtime, or around a join."""
+    async with field_of(manners, timeline_limit=10) as field:
+        room = field.server.room("join" if kind == "gap" else "leave")
+        room.say("history")
+        await field.bot.run()
+        await field.bot.kill()
+        if kind == "join":
+            room.set_membership("invite", ALICE)
+            room.command(*range(12))
+            # At last nothing of what the timeline has is there, and then not even the invitation.
+            field.server.pages_up_to = field.server.position - 12
+        else:
+            room.command(*range(12))
+            field.server.pages_up_to = field.server.position - 11
+        await field.bot.start()
+        await field.proxy.counts(MESSAGES, 4)
+        assert not room.replies
+        field.server.pages_up_to = float("inf")
+        await room.answers(*range(12))
+
+
+async def test_bytes_that_are_no_utf8() -> None:
+    """In an event of a sync response, and of a page, they cost at most that event."""
+    odd = (b"\xff\xfe", b"\xe4", b"\xed\xa0\x80", b"\xf0\x9f\x98")
+    await together(*map(bytes_cost_at_most_their_event, odd))
+
+
+async def bytes_cost_at_most_their_event(odd: bytes) -> None:
+    """Assert that of some bytes."""
+
+    async def spoil(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        answer = await proxy.forward(request, plain=True)
+        assert isinstance(answer.body, bytes)
+        spoilt.append(b"SPOILT" in answer.body)
+        answer.body = answer.body.replace(b"SPOILT", odd)
+        return answer
+
+    spoilt: list[bool] = []
+    async with field_of(DENDRITE) as field:
+        room = field.server.room()
+        with field.proxy.inject(spoil, f"{SYNC}|{MESSAGES}"):
+            await field.bot.run()
+            room.say("SPOILT", "!replybot live")
+            await room.answers("live")
+            await field.bot.kill()
+            room.say("SPOILT")
+            room.command(*range(14))
+            await field.bot.start()
+            await room.answers("live", *range(14))
+            assert sum(spoilt) >= 2
