@@ -31,9 +31,11 @@ async def main(user: str, base: str = "/_matrix/client/v3") -> None:
                 sync = await answer.json()
             for room_id, joined in sync.get("rooms", {}).get("join", {}).items() if number else ():
                 for index, event in enumerate(joined["timeline"]["events"]):
-                    body = event["content"].get("body", "")
+                    body, event_id = event["content"].get("body", ""), event["event_id"]
                     if body.startswith(COMMAND):
                         content = {"msgtype": "m.text", "body": body.replace(COMMAND, "").strip()}
+                        # Synapse's work for a reply grows with what is in it.
+                        content |= {"m.mentions": {}, "echobot.answers": event_id}
                         path = f"{base}/rooms/{quote(room_id)}/send/m.room.message"
                         async with http.put(f"{path}/{number}.{index}", json=content):
                             pass
