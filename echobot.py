@@ -356,10 +356,10 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
     """Return what came between two positions, oldest first, wherever its place in the room is.
 
-    It begins with the timeline that ends at `upto`, and goes on with pages from there.
+    It is read by pages from the position that the timeline ends at, which shows what is missing.
     """
     known = await known_at(room, since)
-    read, position, tries = dict(reversed(timeline.items())), upto, 0  # read: newest first
+    read, position, tries = Events(), upto, 0  # read: newest first
     ends = set(known)  # All of it: what comes late from other homeservers has its place in there.
     while position and tries < MAX_EMPTY_PAGES:
         page, next_position = await read_page(room, position, 100)
@@ -375,7 +375,10 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         if (known[-1] in page) if known else (ends & read.keys() or not page):
             break
     count = max((n for n, event_id in enumerate(read, 1) if event_id in ends), default=None)
-    return {i: read[i] for i in reversed(list(read)[:count]) if i not in known}
+    events = {i: read[i] for i in reversed(list(read)[:count]) if i not in known}
+    # The newest ones may still be missing.
+    count = max((n for n, event_id in enumerate(timeline, 1) if event_id in read), default=0)
+    return events | dict(list(timeline.items())[count:])
 
 
 def is_end(room: Room, event: JSON) -> bool:
