@@ -24,7 +24,7 @@ def test_reply_to_is_shown_as_it_is() -> None:
 
 
 async def test_example_of_another_bot_works(room: Room, bot: Bot) -> None:
-    """It asks a server, here of the test, and answers with formatted text, once it is in the file."""
+    """Put into the file, it asks a server (here of the test) and answers with formatted text."""
 
     async def forecast(request: web.Request) -> web.Response:
         return web.Response(text=f"{request.path[1:]}: <10 degrees")
