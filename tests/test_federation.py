@@ -75,14 +75,24 @@ async def test_outage_in_a_room_that_goes_on_on_both_sides(
     assert await room.replies(45) == [*replies, *(f"far {n}" for n in range(30))]
 
 
+async def answers_and_saves(room: FarRoom, bot: Bot) -> None:
+    """Have one command answered, and a position saved that is past the reply."""
+    position = bot.next_batch
+    await room.command("before")
+    await room.replies(1)
+    await bot.saves(other_than=position)
+    position = bot.next_batch
+    await room.say("no command")
+    await bot.saves(other_than=position)
+
+
 async def test_kill_amid_what_is_read_back_after_an_outage(
     federation: Federation, people: FarPeople, proxied_bot: Bot, proxy: Proxy
 ) -> None:
     """What was fetched from the other homeserver for a bot that was killed is new for the next."""
     room = await people.far_room()
     await proxied_bot.run()
-    await room.command("before")
-    await room.replies(1)
+    await answers_and_saves(room, proxied_bot)
     with proxy.inject(faults.silence, faults.SEND) as sends:
         async with federation.cut_off() as (cut, _):
             await room.command(*range(30))
@@ -101,8 +111,7 @@ async def test_somebody_else_reads_back_first_after_an_outage(
     await people.bob.invite(room.room_id, people.alice.user_id)
     await people.alice.join(room.room_id)
     await bot.run()
-    await room.command("before")
-    await room.replies(1)
+    await answers_and_saves(room, bot)
     await bot.kill()
     async with federation.cut_off() as (cut, _):
         newest = await room.command(*range(30))
