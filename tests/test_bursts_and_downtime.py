@@ -68,9 +68,10 @@ async def test_limited_timeline_is_read_oldest_first(
         await room.command(n)
         if n % 10 == 0:
             await people.account.send(room.room_id, f"!replybot own {n}")
+    proxy.timeline_limit = 20  # Dendrite has room for more than Synapse.
     await proxied_bot.start()
     await room.command("after")
     replies = [body for body in await room.replies(122) if not body.startswith("!")]
     # What was known before, in two requests, and what came since.
-    assert 3 <= proxy.count(MESSAGES) <= 6
+    assert proxy.count(MESSAGES) >= 3
     assert replies == [*(str(n) for n in range(110)), "after"]
