@@ -105,7 +105,8 @@ async def main() -> None:
     loop.set_default_executor(ThreadPoolExecutor(1000))
     # The libraries stay silent: nio's warnings quote whole events, access tokens included.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
-    log.setLevel(setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR").upper())
+    level = setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR", "INFO")
+    log.setLevel(level.upper())
     user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
     token = setting("MATRIX_ACCESS_TOKEN")
     if not user or not (token or setting("MATRIX_PASSWORD")):
@@ -120,7 +121,7 @@ async def main() -> None:
     await guarded(sync_forever(client))
 
 
-def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "INFO") -> str:
+def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "text") -> str:
     """Return an environment variable; an empty one counts as missing."""
     value = os.environ.get(name) or default
     if not re.fullmatch(form, value):
