@@ -41,7 +41,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -66,7 +66,7 @@ POSITION_PATIENCE = 60  # s that the position of a sync may be refused
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 500  # rooms that are answered at a time: often only 1,024 files may be open
 MAX_REMEMBERED = 1000  # event IDs of a room
-MAX_EMPTY_PAGES = 100  # in a row, about a second each
+MAX_USELESS_PAGES = 100  # in a row, about a second each
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by the names of nio's responses.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
@@ -148,24 +148,21 @@ async def guarded(work: Awaitable[Any]) -> Any:
 
 async def sync_forever(client: "Client") -> None:
     """Hand what each sync response brings to its rooms, save what is done, and poll on."""
-    state, next_batch, older = client.state, client.state.next_batch, None
+    state, older = client.state, None
     while True:
         began = time.monotonic()
-        request = persist(partial(poll, client, next_batch), "the sync")
+        request = persist(partial(poll, client, state.next_batch), "the sync")
         polling = asyncio.create_task(guarded(request))
-        if older:
-            rooms = [room for room in client.known_rooms.values() if room.pending]
-            behind = [f"{room.room_id} {room.pending[0]}" for room in rooms]
-            await asyncio.to_thread(state.save, "next_batch", next_batch, *behind)
+        await asyncio.to_thread(state.save, "next_batch", state.positions())
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=60)
         since, response = polling.result()
-        next_batch = response["next_batch"]
-        if not older:
+        state.next_batch = response["next_batch"]
+        if not older:  # It is the first response.
             notify("READY=1")
             for room_id, position in state.behind.items():
-                begin(client.room(room_id), {"limited": True}, position, next_batch)
+                hear(client.room(room_id), {"limited": True}, position, state.next_batch)
             older = asyncio.create_task(guarded(follow_older(client)))
         answering = hand_out(client, response, since)
         # Neither too far ahead of the replies, nor in a rush if there is nothing new.
@@ -177,7 +174,9 @@ async def sync_forever(client: "Client") -> None:
 
 async def poll(client: "Client", since: str) -> tuple[str, JSON]:
     """Return a position and what came after it: `since`, or "" if that is refused for long."""
-    hold, client.hold = client.hold, random.randrange(1, 1000)
+    # Short at first and after a failure, and another each time: an answer may be a cached one.
+    hold = SYNC_TIMEOUT if client.is_synced else random.randrange(1, 1000)
+    client.is_synced = False
     try:
         response: Any = await client.sync(hold, sync_filter(since), since)
     except Failure as failure:
@@ -191,7 +190,7 @@ async def poll(client: "Client", since: str) -> tuple[str, JSON]:
         return await poll(client, "")
     now = time.monotonic()
     client.synced_for += min(now - client.synced_at, SYNC_TIMEOUT / 1000)
-    client.synced_at, client.refused_at, client.hold = now, 0, SYNC_TIMEOUT
+    client.synced_at, client.refused_at, client.is_synced = now, 0, True
     return since, response
 
 
@@ -206,21 +205,6 @@ def sync_filter(since: str) -> JSON:
     return {"room": room, "presence": nothing, "account_data": nothing}
 
 
-def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
-    """Hand each room its part of a sync response; return the tasks that answer what is new."""
-    joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
-    for room_id in invited.keys() - client.told:
-        invite(client.room(room_id), invited[room_id], since)
-    client.told = set(invited)
-    if not since:
-        return []  # Not every homeserver heeds the filter: these timelines are history.
-    timelines = {room_id: part(joined[room_id], dict, "timeline") for room_id in joined}
-    heard = {i for timeline in timelines.values() for i in by_id(part(timeline, list, "events"))}
-    is_new, client.heard = heard - client.heard, heard
-    tasks = [begin(client.room(i), timelines[i], since, response["next_batch"]) for i in joined]
-    return tasks if is_new else []
-
-
 async def follow_older(client: "Client") -> None:
     """Follow the invitations from before the saved position, which no other sync tells."""
     hold = random.randrange(1, 1000)  # ms: or Synapse repeats what it told the life before
@@ -228,39 +212,64 @@ async def follow_older(client: "Client") -> None:
     hand_out(client, await persist(request, "the sync for older invitations"), "")
 
 
+def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
+    """Hand each room its part of a sync response; return the tasks that answer what is new."""
+    joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
+    for room_id in invited.keys() - client.invited:
+        invite(client.room(room_id), invited[room_id], since)
+    client.invited = set(invited)
+    if not since:
+        return []  # Not every homeserver heeds the filter: these timelines are history.
+    timelines = {client.room(i): part(joined[i], dict, "timeline") for i in joined}
+    tasks = [hear(room, timelines[room], since, response["next_batch"]) for room in timelines]
+    return [task for task in tasks if task]
+
+
 class Room:
-    """A room, and what is remembered of it until the process ends."""
+    """A room, and what is to be answered in it.
+
+    One task answers what it heard, `events`, up to the position `upto` ("" if that is all done)
+    and from its position in State.behind on; with `has_gap` some of that has to be read back.
+    """
 
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.room_id = client, room_id
-        self.pending: list[str] = []  # the positions after which something is not answered yet
-        self.invited: list[str] = []  # those of them before an invitation: no timeline came since
-        self.turn = asyncio.Lock()  # timelines are answered one after the other
+        self.events, self.upto, self.has_gap = Events(), "", False
+        self.answering: Task | None = None
         self.joining: Task | None = None
         self.answered: dict[str, None] = {}  # event IDs, as later timelines may repeat them
-        self.tried = ""  # the last transaction ID
+        self.sending = ""  # the last transaction ID
         self.failing_since = float("inf")  # s of successful syncs
         self.has_notice = False  # that it is encrypted
 
 
-def begin(room: Room, timeline: JSON, since: str, upto: str) -> Task:
-    """Start to answer what came to a room between two positions, after what came before."""
-    room.pending.append(since)
-    positions, room.invited = [*room.invited, since], []
-    return asyncio.create_task(guarded(answer_timeline(room, timeline, positions, upto)))
+def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
+    """Have a room answer what came between two positions; return its task if that is new."""
+    events = by_id(part(timeline, list, "events"))
+    is_new = not events.keys() <= room.events.keys() | room.answered.keys()
+    room.client.state.behind.setdefault(room.room_id, since)
+    is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
+    room.events = events if is_limited else room.events | events
+    room.upto, room.has_gap = upto, room.has_gap or is_limited
+    room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
+    return room.answering if is_new else None
 
 
-async def answer_timeline(room: Room, timeline: JSON, positions: list[str], upto: str) -> None:
-    """Answer a timeline, and before it what it leaves out; then nothing is owed since positions."""
-    async with room.turn, room.client.slots:
-        events = by_id(part(timeline, list, "events"))
-        # The first one after an invitation or a join may reach into the time before.
-        is_first = len(positions) > 1 or "join" in [own_membership(room, events[i]) for i in events]
-        if is_first or part(timeline, bool, "limited"):
-            events = await read_back(room, room.pending[0], upto, events)
-        await answer_events(room, events)
-    for position in positions:
-        room.pending.remove(position)
+async def answer_room(room: Room) -> None:
+    """Answer what a room has heard, until nothing is left."""
+    behind = room.client.state.behind
+    async with room.client.slots:
+        while upto := room.upto:
+            events, has_gap = room.events, room.has_gap
+            room.events, room.upto, room.has_gap = Events(), "", False
+            # The first timeline after a join may reach into the time before.
+            if has_gap or "join" in [own_membership(room, event) for event in events.values()]:
+                events = await read_back(room, behind[room.room_id], upto, events)
+            await answer_events(room, events)
+            behind[room.room_id] = upto
+        room.answering = None
+        if not room.has_gap:  # or it is invited
+            del behind[room.room_id]
 
 
 async def answer_events(room: Room, events: Events) -> None:
@@ -289,7 +298,7 @@ def replied(room: Room, events: Events) -> set[str]:
     return {part(event, str, "content", "echobot.answers") for event in own}
 
 
-def own_membership(room: Room, event: Any) -> str:
+def own_membership(room: Room, event: JSON) -> str:
     """Return the membership that an event gives the bot, "" if it does not change that."""
     if part(event, str, "type") != "m.room.member":
         return ""
@@ -344,48 +353,30 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did that and only its answer was lost."""
-    if room.tried == tx_id:
-        with suppress(Failure, TimeoutError):
-            async with asyncio.timeout(10):
-                page: Any = await room.client.room_messages(room.room_id, "", limit=100)
+    if room.sending == tx_id:
+        with suppress(Failure):
+            page: Any = await room.client.room_messages(room.room_id, "", limit=100)
             if content["echobot.answers"] in replied(room, by_id(part(page, list, "chunk"))):
                 return page
-    room.tried = tx_id
+    room.sending = tx_id
     return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
-    """Return what came between two positions, oldest first, wherever its place in the room is.
-
-    It is read by pages from the position that the timeline ends at, which shows what is missing.
-    """
+    """Return what came between two positions, oldest first, wherever its place in the room is."""
     known = await known_at(room, since)
-    read, position, tries = Events(), upto, 0  # read: newest first
     ends = set(known)  # All of it: what comes late from other homeservers has its place in there.
-    while position and tries < MAX_EMPTY_PAGES:
-        page, next_position = await read_page(room, position, 100)
-        # A homeserver's worker that lags leaves a hole before the timeline.
-        is_hole = position == upto and timeline and not page.keys() & timeline.keys()
-        tries = tries + 1 if is_hole or page.keys() <= read.keys() else 0
-        await asyncio.sleep(min(tries / 4, 1))
-        if is_hole and tries < 9:
-            continue
-        position, read = next_position, read | page
+    read = Events(reversed(timeline.items()))
+    async for page in pages(room, upto, timeline):
+        read |= page
         if not known:
-            ends |= {i for i in page if is_end(room, page[i])} | replied(room, page)
-        if (known[-1] in page) if known else (ends & read.keys() or not page):
+            ends |= beginnings(room, page)
+        if known[-1] in page if known else ends & read.keys() or not page:
             break
-    count = max((n for n, event_id in enumerate(read, 1) if event_id in ends), default=None)
-    events = {i: read[i] for i in reversed(list(read)[:count]) if i not in known}
-    # The newest ones may still be missing.
-    count = max((n for n, event_id in enumerate(timeline, 1) if event_id in read), default=0)
-    return events | dict(list(timeline.items())[count:])
-
-
-def is_end(room: Room, event: JSON) -> bool:
-    """Tell whether the bot is invited by an event, or was not in the room at that time."""
-    was_out = part(event, str, "unsigned", "membership") == "leave"
-    return was_out or own_membership(room, event) == "invite"
+    ids = list(read)
+    while ends & read.keys() and ids[-1] not in ends:
+        ids.pop()
+    return {i: read[i] for i in reversed(ids) if i not in known}
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -395,13 +386,36 @@ async def known_at(room: Room, position: str) -> list[str]:
     # One alone first: Synapse fills up a page from other homeservers, with what seems old.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
-    ids, has_reply = list(page), replied(room, page)
-    for event_id, event in newest.items():
-        if event_id in page and part(event, str, "unsigned", "membership") in ("", "join"):
-            # It may have done so before: trust only what is not newer than the oldest reply's.
-            ends = [n for n, i in enumerate(ids) if i in has_reply]
-            return ids[max(ends, default=ids.index(event_id)) :]
-    return []
+    member = {i for i in newest if part(newest[i], str, "unsigned", "membership") in ("", "join")}
+    # It may have done so before: trust only what is not newer than the oldest reply's.
+    ends = replied(room, page) & page.keys() or member
+    ids = list(page)
+    found = [n for n, event_id in enumerate(ids) if event_id in ends]
+    return ids[found[-1] :] if found else []
+
+
+def beginnings(room: Room, page: Events) -> set[str]:
+    """Return the IDs of events that only history precedes: invitations, and what has a reply."""
+    out = {i for i in page if part(page[i], str, "unsigned", "membership") == "leave"}
+    invited = {i for i in page if own_membership(room, page[i]) == "invite"}
+    return out | invited | replied(room, page)
+
+
+async def pages(room: Room, upto: str, timeline: Events) -> AsyncIterator[Events]:
+    """Yield the events before the position that a timeline ends at by pages, newest first."""
+    for tries in range(9):  # A homeserver's worker that lags leaves a hole before the timeline.
+        page, position = await read_page(room, upto, 100)
+        if page.keys() & timeline.keys() or not timeline:
+            break
+        await asyncio.sleep(tries / 4)
+    seen, useless = set(page), 0
+    yield page
+    while position and useless < MAX_USELESS_PAGES:
+        page, position = await read_page(room, position, 100)
+        useless = 0 if page.keys() - seen else useless + 1
+        await asyncio.sleep(min(useless / 4, 1))
+        seen |= page.keys()
+        yield page
 
 
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
@@ -423,13 +437,13 @@ def invite(room: Room, invited: JSON, since: str) -> None:
     """Follow an invitation that came after a position, and no earlier one any more."""
     if room.joining:
         room.joining.cancel()
-    room.pending.append(since)
-    room.invited.append(since)
+    room.client.state.behind.setdefault(room.room_id, since)
+    room.has_gap = True  # The next timeline is read back to the invitation.
     room.joining = asyncio.create_task(guarded(accept(room, invited)))
 
 
 async def accept(room: Room, invited: JSON) -> None:
-    """Join the room, whose next timeline is read back to the invitation, or reject that."""
+    """Join the room, or reject the invitation if it is not from one of the inviters."""
     client, room_id = room.client, room.room_id
     room.failing_since = float("inf")
     events = part(invited, list, "invite_state", "events")
@@ -440,11 +454,12 @@ async def accept(room: Room, invited: JSON) -> None:
         log.info("Did not follow the invitation of %s to %s", inviter, room_id)
     elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
         log.info("Joined %s, invited by %s", room_id, inviter)
-        client.told.discard(room_id)  # If it is told again, that is another one.
+        client.invited.discard(room_id)  # If it is told again, that is another one.
         return
-    for position in room.invited:
-        room.pending.remove(position)
-    room.invited = []
+    if not room.upto:  # No timeline came since.
+        room.has_gap = False
+        if not room.answering:
+            del client.state.behind[room_id]
 
 
 async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
@@ -474,7 +489,9 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             log.log(level, "Trouble with %s: %s; trying again", what, cause)
         if time.monotonic() - began > 5:
             delay = 0.25  # It has waited already.
-        told = told_to_wait(room, failure) if room else failure.retry_after
+        told = failure.retry_after
+        if room and told:  # The others were told the same.
+            told = room.client.wait_in_line(told)
         await asyncio.sleep(told or delay * random.uniform(0.5, 1))
         delay = min(2 * delay, MAX_DELAY)
 
@@ -488,17 +505,6 @@ def gives_up(room: Room, failure: "Failure") -> bool:
     # Once it was too long, each request gets one attempt until one succeeds.
     room.failing_since = min(room.failing_since, room.client.synced_for)
     return room.client.synced_for - room.failing_since >= PATIENCE
-
-
-def told_to_wait(room: Room, failure: "Failure") -> float:
-    """Return the s that a room was told to wait, or more: those that wait go one by one."""
-    retries, now = room.client.retries, time.monotonic()
-    before = sum(now < at for room_id, at in retries.items() if room_id != room.room_id)
-    # A little more, or the first of them is too early by some ms and waits again behind the last.
-    told = failure.retry_after and failure.retry_after + 0.05
-    seconds = min(told * (before + 1), 2 * MAX_DELAY)
-    retries[room.room_id] = now + seconds
-    return seconds
 
 
 class Failure(Exception):
@@ -541,11 +547,10 @@ class Client(AsyncClient):
         if not all(re.fullmatch(INVITER, pattern) for pattern in self.inviters or [""]):
             stop(78, "MATRIX_INVITERS is malformed: it must be like @me:example.org @*:example.com")
         self.known_rooms: dict[str, Room] = {}
-        self.heard = set[str]()  # the event IDs of the last sync response
-        self.told = set[str]()  # invitations: some homeservers tell them in every response
+        self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
         self.slots = asyncio.Semaphore(MAX_BUSY)
-        self.retries: dict[str, float] = {}  # by room ID, monotonic s
-        self.hold = random.randrange(1, 1000)  # ms, another each time: a failure may be cached
+        self.last_turn = 0.0  # monotonic s
+        self.is_synced = False
         self.synced_for, self.synced_at, self.refused_at = 0.0, time.monotonic(), 0.0  # s
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
@@ -554,6 +559,14 @@ class Client(AsyncClient):
     def room(self, room_id: str) -> Room:
         """Return a room, and what is remembered of it."""
         return self.known_rooms.setdefault(room_id, Room(self, room_id))
+
+    def wait_in_line(self, seconds: float) -> float:
+        """Return the s that a room has to wait after the others that were told to wait."""
+        now = time.monotonic()
+        # A little more, or it is too early by some ms and waits again behind the last.
+        turn = max(self.last_turn, now) + seconds + 0.05
+        self.last_turn = min(turn, now + 2 * MAX_DELAY)
+        return self.last_turn - now
 
     def use(self, homeserver: str) -> None:
         """Send requests to this base URL, through the proxy that the environment names for it."""
@@ -631,7 +644,7 @@ async def log_in(client: Client) -> None:
     new_token = found.get("access_token", "")  # One that was given is not saved.
     client.restore_login(client.user, device, token or new_token)
     if not client.state.session:  # Or another user's position would seem to be ours.
-        client.state.save("next_batch", *client.state.lines)
+        client.state.save("next_batch", client.state.positions())
     client.state.save_session(user_id=client.user, device_id=device, access_token=new_token)
 
 
@@ -657,11 +670,10 @@ class State:
         if owner not in ("", user):
             log.warning("Not using the state of %s", owner)
             text, self.session = "", {}
-        self.lines = [line.strip() for line in text.split("\n")]
-        self.next_batch = self.lines[0]
+        self.next_batch, *lines = [line.strip() for line in text.split("\n")]
         if owner == user and not self.next_batch:
             log.error("next_batch is missing or empty: starting from now instead")
-        rooms = [line.partition(" ") for line in self.lines if line.startswith("!")]
+        rooms = [line.partition(" ") for line in lines if line.startswith("!")]
         self.behind = {room_id: position for room_id, _, position in rooms}
 
     def refuse_other_copies(self) -> None:
@@ -678,12 +690,16 @@ class State:
         self.session |= changes
         self.save("session.json", json.dumps(self.session))
 
-    def save(self, name: str, *lines: str) -> None:
+    def positions(self) -> str:
+        """Return the text of next_batch."""
+        return "\n".join([self.next_batch, *map(" ".join, self.behind.items())])
+
+    def save(self, name: str, text: str) -> None:
         """Replace a file whole, or say once that it can't be done: answering goes on without."""
         temporary = self.directory / f"{name}.tmp"
         try:
             temporary.touch(0o600)
-            temporary.write_text("\n".join(lines), errors="replace")
+            temporary.write_text(text, errors="replace")
             with temporary.open() as file:
                 os.fsync(file.fileno())
             temporary.replace(self.directory / name)
