@@ -8,14 +8,13 @@
     MATRIX_USER=@bot:example.org MATRIX_PASSWORD=... python echobot.py
 
 It answers each message that starts with !replybot with the rest of it. For a bot of your own,
-rewrite one function: `reply_to`. Four rules keep the promise, whatever breaks on the way:
+rewrite one function: `reply_to`. Four rules keep the promise:
 
 1. Save what is done, after every sync: next_batch, and for each room that still owes replies the
    position to read it from again. So a slow room costs only itself, and a stop needs no care.
 2. A reply names what it answers. Before anything is answered, or sent again, the bot's own
    messages tell what has a reply already.
-3. Read back what was left out, to what was known before or to the bot's own invitation. What
-   precedes that is history.
+3. Read back what was left out, to what was known before or to the bot's own invitation.
 4. Persist. One loop repeats every request until it succeeds, is refused for good, or fails for
    long in a room while syncs succeed. A bug is shown, and costs one event.
 
@@ -31,6 +30,7 @@ Exit status: 0 stopped, 1 bug, 2 usage, 75 another copy runs, 77 credentials ref
 
 import asyncio
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -49,31 +49,29 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-from nio import AsyncClient, MessageDirection, RoomMessageText
+from nio import AsyncClient, RoomMessageText
 
 COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
-INTERVAL = 0.5  # s between polls that bring nothing new, and that a poll may wait for replies
+INTERVAL = 0.5  # s between polls without news, and that a poll may wait for replies
 MAX_DELAY = 60  # s between two attempts, twice that if told so
-TIME_LIMIT = 60  # s for an attempt; twice as long after each that took longer, up to PATIENCE
+TIME_LIMIT = 60  # s for an attempt; doubled after each that took longer, up to PATIENCE
 PATIENCE = 600  # s that a room may fail while syncs succeed
-POSITION_PATIENCE = 60  # s that the position of a sync may be refused
 REPLY_TIMEOUT = 600  # s that reply_to may take
-MAX_BUSY = 500  # rooms that are answered at a time: often only 1,024 files may be open
+MAX_BUSY = 500  # rooms answered at a time: often only 1,024 files may be open
 MAX_REMEMBERED = 1000  # event IDs of a room
-MAX_USELESS_PAGES = 100  # in a row, about a second each
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by the names of nio's responses.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,4}|:[1-5]\d{4}|:6[0-4]\d{3}|:65[0-4]\d\d|:655[0-3]\d)?"
-INVITER = r"""(?=.*[:*])[@*?[][^@;'"]*"""
+INVITER = r"""(?=[^ ,]*[:*])[@*?[][^@;'"\s,]*"""
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
+NEVER = float("inf")
 JSON = dict[str, Any]
 Events = dict[str, JSON]  # by event ID, oldest first unless told
 Task = asyncio.Task[Any]
@@ -101,12 +99,11 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, 0, "stopped")
-    # Enough threads: those that a reply_to keeps busy hold up no save and no look-up of names.
+    # So many that those which a reply_to keeps busy hold up no save and no look-up of names.
     loop.set_default_executor(ThreadPoolExecutor(1000))
     # The libraries stay silent: nio's warnings quote whole events, access tokens included.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
-    level = setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR", "INFO")
-    log.setLevel(level.upper())
+    log.setLevel(setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
     user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
     token = setting("MATRIX_ACCESS_TOKEN")
     if not user or not (token or setting("MATRIX_PASSWORD")):
@@ -132,13 +129,13 @@ def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "
 def stop(status: int, reason: str) -> NoReturn:
     """End the process as a crash would: what is not saved will be done again."""
     notify("STOPPING=1")
-    with suppress(OSError):  # Whoever read it may be gone.
+    with suppress(OSError):  # Nobody may read it any more.
         print(f"echobot: {reason}", file=sys.stderr)
     os._exit(status)
 
 
 async def guarded(work: Awaitable[Any]) -> Any:
-    """Return what work does; a bug in it, outside of a single event, ends the process."""
+    """Return what work does; a bug in it ends the process."""
     try:
         return await work
     except Exception:
@@ -147,11 +144,11 @@ async def guarded(work: Awaitable[Any]) -> Any:
 
 
 async def sync_forever(client: "Client") -> None:
-    """Hand what each sync response brings to its rooms, save what is done, and poll on."""
+    """Hand what each sync brings to its rooms, save what is done, and poll on."""
     state, older = client.state, None
     while True:
         began = time.monotonic()
-        request = persist(partial(poll, client, state.next_batch), "the sync")
+        request = persist(lambda: poll(client, state.next_batch), "the sync")
         polling = asyncio.create_task(guarded(request))
         await asyncio.to_thread(state.save, "next_batch", state.positions())
         while not polling.done():
@@ -165,7 +162,7 @@ async def sync_forever(client: "Client") -> None:
                 hear(client.room(room_id), {"limited": True}, position, state.next_batch)
             older = asyncio.create_task(guarded(follow_older(client)))
         answering = hand_out(client, response, since)
-        # Neither too far ahead of the replies, nor in a rush if there is nothing new.
+        # Neither too far ahead of the replies, nor in a rush without news.
         if answering:
             await asyncio.wait(answering, timeout=INTERVAL)
         elif since:
@@ -174,7 +171,7 @@ async def sync_forever(client: "Client") -> None:
 
 async def poll(client: "Client", since: str) -> tuple[str, JSON]:
     """Return a position and what came after it: `since`, or "" if that is refused for long."""
-    # Short at first and after a failure, and another each time: an answer may be a cached one.
+    # Short at first and after a failure, and another each time: some answers are cached.
     hold = SYNC_TIMEOUT if client.is_synced else random.randrange(1, 1000)
     client.is_synced = False
     try:
@@ -183,14 +180,14 @@ async def poll(client: "Client", since: str) -> tuple[str, JSON]:
         if failure.refusal == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
-        client.refused_at = (client.refused_at or time.monotonic()) if is_refused else 0
-        if not is_refused or time.monotonic() - client.refused_at < POSITION_PATIENCE:
+        client.refused_at = min(client.refused_at, time.monotonic()) if is_refused else NEVER
+        if time.monotonic() - client.refused_at < 60:
             raise
         log.error("next_batch %s is refused, what came since is lost: starting from now", since)
         return await poll(client, "")
     now = time.monotonic()
     client.synced_for += min(now - client.synced_at, SYNC_TIMEOUT / 1000)
-    client.synced_at, client.refused_at, client.is_synced = now, 0, True
+    client.synced_at, client.refused_at, client.is_synced = now, NEVER, True
     return since, response
 
 
@@ -206,14 +203,14 @@ def sync_filter(since: str) -> JSON:
 
 
 async def follow_older(client: "Client") -> None:
-    """Follow the invitations from before the saved position, which no other sync tells."""
+    """Follow the invitations from before the saved position."""
     hold = random.randrange(1, 1000)  # ms: or Synapse repeats what it told the life before
-    request = partial(client.sync, hold, sync_filter(""))
-    hand_out(client, await persist(request, "the sync for older invitations"), "")
+    what = "the sync for older invitations"
+    hand_out(client, await persist(lambda: client.sync(hold, sync_filter("")), what), "")
 
 
 def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
-    """Hand each room its part of a sync response; return the tasks that answer what is new."""
+    """Hand each room its part of a sync response; return the tasks that answer news."""
     joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
     for room_id in invited.keys() - client.invited:
         invite(client.room(room_id), invited[room_id], since)
@@ -226,10 +223,9 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
 
 
 class Room:
-    """A room, and what is to be answered in it.
+    """A room, and what it has heard that is not answered: `events`, up to a position `upto`.
 
-    One task answers what it heard, `events`, up to the position `upto` ("" if that is all done)
-    and from its position in State.behind on; with `has_gap` some of that has to be read back.
+    If that `has_gap`, more has to be read back, from its position in State.behind on.
     """
 
     def __init__(self, client: "Client", room_id: str) -> None:
@@ -237,15 +233,15 @@ class Room:
         self.events, self.upto, self.has_gap = Events(), "", False
         self.answering: Task | None = None
         self.joining: Task | None = None
-        self.answered: dict[str, None] = {}  # event IDs, as later timelines may repeat them
+        self.answered: dict[str, None] = {}  # event IDs: later timelines may repeat them
         self.sending = ""  # the last transaction ID
-        self.failing_since = float("inf")  # s of successful syncs
+        self.failing_since = NEVER  # s of successful syncs
         self.has_notice = False  # that it is encrypted
 
 
 def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
-    """Have a room answer what came between two positions; return its task if that is new."""
-    events = by_id(part(timeline, list, "events"))
+    """Have a room answer what came between two positions; return its task if that is news."""
+    events = by_id(timeline, "events")
     is_new = not events.keys() <= room.events.keys() | room.answered.keys()
     room.client.state.behind.setdefault(room.room_id, since)
     is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
@@ -276,10 +272,10 @@ async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
     done = replied(room, events) | room.answered.keys()
     # Not every homeserver tells the bot's membership at an event: it follows from its changes.
-    changes = filter(None, (own_membership(room, event) for event in events.values()))
-    membership = "leave" if next(changes, "") in ("invite", "join") else "join"
-    for event_id, event in events.items():
-        membership = own_membership(room, event) or membership
+    changes = [own_membership(room, event) for event in events.values()]
+    membership = "leave" if "".join(changes).startswith(("invite", "join")) else "join"
+    for (event_id, event), change in zip(events.items(), changes, strict=True):
+        membership = change or membership
         then = part(event, str, "unsigned", "membership") or membership
         room.answered[event_id] = None
         try:
@@ -293,19 +289,18 @@ async def answer_events(room: Room, events: Events) -> None:
 
 
 def replied(room: Room, events: Events) -> set[str]:
-    """Return the IDs of the events that the bot's own messages among these answer."""
+    """Return the IDs of what the bot's own messages among events answer."""
     own = [e for e in events.values() if part(e, str, "sender") == room.client.user_id]
     return {part(event, str, "content", "echobot.answers") for event in own}
 
 
-def own_membership(room: Room, event: JSON) -> str:
-    """Return the membership that an event gives the bot, "" if it does not change that."""
-    if part(event, str, "type") != "m.room.member":
-        return ""
+def own_membership(room: Room, event: Any) -> str:
+    """Return the membership that an event gives the bot, "" if none or the same as before."""
     before = part(event, str, "unsigned", "prev_content", "membership")
-    now = part(event, str, "content", "membership")
-    is_own = part(event, str, "state_key") == room.client.user_id
-    return str(now) if is_own and now != before else ""
+    match event:
+        case {"state_key": room.client.user_id, "content": {"membership": str(now)}}:
+            return now if now != before else ""
+    return ""
 
 
 async def answer(room: Room, event_id: str, event: JSON) -> None:
@@ -320,22 +315,22 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.room_id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            # The same in each life, so that the homeserver may drop a second one.
-            name = f"encrypted{room.room_id}"
+            name = f"encrypted{room.room_id}"  # In each life: the homeserver drops the second.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = event["content"].get("formatted_body"), event["content"].get("format")
             source = {**event, "room_id": room.room_id}
             content = await reply_content(RoomMessageText(source, body, *style))
     if content:
-        # Safe in any URL: in old rooms event IDs have / and +, and some proxies decode %2F.
-        tx_id = quote(name, safe="!$:", errors="replace").replace("%", "~")
-        request = partial(send, room, {**content, "echobot.answers": event_id}, tx_id)
-        if await persist(request, f"the reply to {event_id} in {room.room_id}", room):
+        content["echobot.answers"] = event_id
+        # Safe in any URL, which an event ID of an old room is not.
+        tx_id = hashlib.sha256(name.encode(errors="replace")).hexdigest()
+        what = f"the reply to {event_id} in {room.room_id}"
+        if await persist(lambda: send(room, content, tx_id), what, room):
             log.info("Answered %s in %s", event_id, room.room_id)
 
 
 async def reply_content(event: RoomMessageText) -> JSON | None:
-    """Return the content of what reply_to answers an event with, in that event's thread."""
+    """Return the content of what reply_to answers, in the event's thread."""
     async with asyncio.timeout(REPLY_TIMEOUT):
         reply = await reply_to(event)
     if reply is None:
@@ -352,11 +347,11 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
-    """Send a reply, unless the attempt before did that and only its answer was lost."""
+    """Send a reply, unless the attempt before did and only its answer was lost."""
     if room.sending == tx_id:
         with suppress(Failure):
             page: Any = await room.client.room_messages(room.room_id, "", limit=100)
-            if content["echobot.answers"] in replied(room, by_id(part(page, list, "chunk"))):
+            if content["echobot.answers"] in replied(room, by_id(page, "chunk")):
                 return page
     room.sending = tx_id
     return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
@@ -395,14 +390,14 @@ async def known_at(room: Room, position: str) -> list[str]:
 
 
 def beginnings(room: Room, page: Events) -> set[str]:
-    """Return the IDs of events that only history precedes: invitations, and what has a reply."""
+    """Return the IDs of what only history precedes: invitations, and what has a reply."""
     out = {i for i in page if part(page[i], str, "unsigned", "membership") == "leave"}
     invited = {i for i in page if own_membership(room, page[i]) == "invite"}
     return out | invited | replied(room, page)
 
 
 async def pages(room: Room, upto: str, timeline: Events) -> AsyncIterator[Events]:
-    """Yield the events before the position that a timeline ends at by pages, newest first."""
+    """Yield what is before the end of a timeline by pages, newest first."""
     for tries in range(9):  # A homeserver's worker that lags leaves a hole before the timeline.
         page, position = await read_page(room, upto, 100)
         if page.keys() & timeline.keys() or not timeline:
@@ -410,7 +405,7 @@ async def pages(room: Room, upto: str, timeline: Events) -> AsyncIterator[Events
         await asyncio.sleep(tries / 4)
     seen, useless = set(page), 0
     yield page
-    while position and useless < MAX_USELESS_PAGES:
+    while position and useless < 100:
         page, position = await read_page(room, position, 100)
         useless = 0 if page.keys() - seen else useless + 1
         await asyncio.sleep(min(useless / 4, 1))
@@ -421,20 +416,19 @@ async def pages(room: Room, upto: str, timeline: Events) -> AsyncIterator[Events
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
     """Return events before a position, newest first, and the position before them."""
     # Dendrite alone heeds a limit in the filter; it loses events where its pages meet.
-    only = {"limit": 1000} if limit > 1 else None
-    back, messages = MessageDirection.back, room.client.room_messages
-    request = partial(messages, room.room_id, start, None, back, limit, only)
+    wanted = {"limit": limit, "message_filter": {"limit": 1000} if limit > 1 else None}
+    request = partial(room.client.room_messages, room.room_id, start, **wanted)
     page = await persist(request, f"reading {room.room_id}", room)
-    return by_id(part(page, list, "chunk")), part(page, str, "end")
+    return by_id(page, "chunk"), part(page, str, "end")
 
 
-def by_id(events: list[Any]) -> Events:
-    """Return events by event ID; what has none is no event."""
-    return {i: event for event in events if (i := part(event, str, "event_id"))}
+def by_id(whole: Any, name: str) -> Events:
+    """Return a list of events by event ID; what has none is no event."""
+    return {i: event for event in part(whole, list, name) if (i := part(event, str, "event_id"))}
 
 
 def invite(room: Room, invited: JSON, since: str) -> None:
-    """Follow an invitation that came after a position, and no earlier one any more."""
+    """Follow an invitation, and no earlier one any more."""
     if room.joining:
         room.joining.cancel()
     room.client.state.behind.setdefault(room.room_id, since)
@@ -443,12 +437,13 @@ def invite(room: Room, invited: JSON, since: str) -> None:
 
 
 async def accept(room: Room, invited: JSON) -> None:
-    """Join the room, or reject the invitation if it is not from one of the inviters."""
+    """Join the room, or reject the invitation of one who is no inviter."""
     client, room_id = room.client, room.room_id
-    room.failing_since = float("inf")
-    events = part(invited, list, "invite_state", "events")
-    senders = [part(event, str, "sender") for event in events if own_membership(room, event)]
-    inviter = (senders or ["nobody"])[-1]  # The others are told by the inviter's homeserver.
+    room.failing_since = NEVER
+    inviter = "nobody"
+    for event in part(invited, list, "invite_state", "events"):
+        if own_membership(room, event):  # The others are told by the inviter's homeserver.
+            inviter = part(event, str, "sender")
     if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
         await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
         log.info("Did not follow the invitation of %s to %s", inviter, room_id)
@@ -470,11 +465,7 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
         try:
             async with asyncio.timeout(time_limit):
                 response = await request()
-            if room:
-                room.failing_since = float("inf")
-            if cause:
-                log.info("No more trouble with %s", what)
-            return response
+            break
         except TimeoutError:
             failure = Failure(f"Timeout after {time_limit} s")
             time_limit = min(2 * time_limit, PATIENCE)
@@ -489,11 +480,13 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             log.log(level, "Trouble with %s: %s; trying again", what, cause)
         if time.monotonic() - began > 5:
             delay = 0.25  # It has waited already.
-        told = failure.retry_after
-        if room and told:  # The others were told the same.
-            told = room.client.wait_in_line(told)
-        await asyncio.sleep(told or delay * random.uniform(0.5, 1))
+        await pause(room, failure.retry_after, delay * random.uniform(0.5, 1))
         delay = min(2 * delay, MAX_DELAY)
+    if room:
+        room.failing_since = NEVER
+    if cause:
+        log.info("No more trouble with %s", what)
+    return response
 
 
 def gives_up(room: Room, failure: "Failure") -> bool:
@@ -507,6 +500,18 @@ def gives_up(room: Room, failure: "Failure") -> bool:
     return room.client.synced_for - room.failing_since >= PATIENCE
 
 
+async def pause(room: Room | None, told: float, delay: float) -> None:
+    """Wait for as many s as told, or for a delay; one of the rooms that are told tries at a time."""
+    if not room or not told:
+        await asyncio.sleep(told or delay)
+        return
+    line = room.client.line
+    line.add(room)
+    # A little more, or it is too early by some ms and waits again behind the last.
+    await asyncio.sleep(min(len(line) * (told + 0.05), 2 * MAX_DELAY))
+    line.discard(room)
+
+
 class Failure(Exception):
     """A request that failed; its text says why and quotes no message."""
 
@@ -518,7 +523,7 @@ class Failure(Exception):
 def failure_of(status: int, content: Any, headers: Any) -> Failure:
     """Return what an answer that is no success says, in the homeserver's own words."""
     errcode, error = part(content, str, "errcode"), part(content, str, "error")
-    cause = f"HTTP {status}" + f" {errcode} ({error[:200]})" * bool(errcode)
+    cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
     failure.status = status
     failure.is_awaited = status == 429 or (status in (401, 403) and errcode in BLOCKED)
@@ -540,18 +545,16 @@ class Client(AsyncClient):
 
     def __init__(self, user: str, state: "State") -> None:
         super().__init__("", user)
-        self.state, device = state, part(state.session, str, "device_id") or "ECHOBOT"
         token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
-        self.restore_login(user, device, token)
-        self.inviters = setting("MATRIX_INVITERS", "*").replace(",", " ").split()
-        if not all(re.fullmatch(INVITER, pattern) for pattern in self.inviters or [""]):
-            stop(78, "MATRIX_INVITERS is malformed: it must be like @me:example.org @*:example.com")
+        self.restore_login(user, part(state.session, str, "device_id") or "ECHOBOT", token)
+        form, example = rf"[ ,]*({INVITER}([ ,]+|$))+", "@me:example.org @*:example.com"
+        self.inviters = setting("MATRIX_INVITERS", "*", form, example).replace(",", " ").split()
+        self.state = state
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
-        self.slots = asyncio.Semaphore(MAX_BUSY)
-        self.last_turn = 0.0  # monotonic s
-        self.is_synced = False
-        self.synced_for, self.synced_at, self.refused_at = 0.0, time.monotonic(), 0.0  # s
+        self.slots, self.line = asyncio.Semaphore(MAX_BUSY), set[Room]()
+        self.is_synced, self.synced_at, self.refused_at = False, time.monotonic(), NEVER
+        self.synced_for = 0.0  # s
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -560,46 +563,33 @@ class Client(AsyncClient):
         """Return a room, and what is remembered of it."""
         return self.known_rooms.setdefault(room_id, Room(self, room_id))
 
-    def wait_in_line(self, seconds: float) -> float:
-        """Return the s that a room has to wait after the others that were told to wait."""
-        now = time.monotonic()
-        # A little more, or it is too early by some ms and waits again behind the last.
-        turn = max(self.last_turn, now) + seconds + 0.05
-        self.last_turn = min(turn, now + 2 * MAX_DELAY)
-        return self.last_turn - now
-
     def use(self, homeserver: str) -> None:
         """Send requests to this base URL, through the proxy that the environment names for it."""
         if not (url := re.fullmatch(rf"(https?)://({HOST})(/[^?#]*)?", homeserver)):
             stop(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
         self.homeserver, proxies = homeserver.rstrip("/"), getproxies()
-        proxy = proxies.get(url[1]) or proxies.get("all", "")
-        if proxy_bypass(url[2]):
-            proxy = ""
-        self.http_proxy = proxy and re.sub("^(?!.*://)", "http://", proxy)
-        if not re.fullmatch(rf"(https?://([^@/]*@)?{HOST}/?)?", self.http_proxy):
+        proxy = "" if proxy_bypass(url[2]) else proxies.get(url[1]) or proxies.get("all", "")
+        self.http_proxy = re.sub("^(?!.*://)", "http://", proxy) if proxy else None
+        if not re.fullmatch(rf"https?://([^@/]*@)?{HOST}/?", self.http_proxy or "http://none"):
             stop(78, f"{url[1].upper()}_PROXY or ALL_PROXY is not like http://proxy.example:3128")
 
     async def _send(
         self, response_class: Any, method: str, path: str, data: Any = None, *_: Any, **__: Any
     ) -> JSON:
-        """Make one of nio's requests, once; return JSON or raise Failure."""
+        """Make one of nio's requests."""
         # nio has the access token in the URL of all that needs one; logs on the way would have it.
         url, needs_token = re.subn(r"access_token=[^&]*&?", "", self.homeserver + path)
         headers = {"Authorization": f"Bearer {self.access_token}"} if needs_token else {}
         if method != "GET":  # Not every homeserver takes a body of another type, or none.
             data, headers["Content-Type"] = data or "{}", "application/json"
-        request = self.http.request(
-            method, url, data=data, headers=headers, proxy=self.http_proxy or None
-        )
+        options = {"data": data, "headers": headers, "proxy": self.http_proxy}
         try:
-            async with request as response:
+            async with self.http.request(method, url, **options) as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             # Not the whole text, which may quote a proxy's password.
             text = str(error) if isinstance(error, OSError) else ""
-            cause = text or type(error).__name__
-            raise Failure(cause) from None
+            raise Failure(text or type(error).__name__) from None
         content: Any = None
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode(errors="replace"))
@@ -673,8 +663,8 @@ class State:
         self.next_batch, *lines = [line.strip() for line in text.split("\n")]
         if owner == user and not self.next_batch:
             log.error("next_batch is missing or empty: starting from now instead")
-        rooms = [line.partition(" ") for line in lines if line.startswith("!")]
-        self.behind = {room_id: position for room_id, _, position in rooms}
+        # The position that a room has to be read from again, by room ID.
+        self.behind = dict(re.findall(r"^(!\S+) ?(.*)$", "\n".join(lines), re.MULTILINE))
 
     def refuse_other_copies(self) -> None:
         """Lock the directory, or end the process if another copy has."""
