@@ -58,22 +58,22 @@ COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 INTERVAL = 0.5  # s between polls without news, and that a poll may wait for replies
-MAX_DELAY = 60  # s between two attempts, twice that if told so
-TIME_LIMIT = 60  # s for an attempt; doubled after each that took longer, up to PATIENCE
+MAX_DELAY = 60  # s between two attempts; twice that if told so
+TIME_LIMIT = 60  # s for an attempt, doubled when it is too short, up to PATIENCE
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
-MAX_BUSY = 500  # rooms answered at a time: often only 1,024 files may be open
+MAX_BUSY = 500  # rooms answered at a time, as often only 1,024 files may be open
 MAX_REMEMBERED = 1000  # event IDs of a room
+NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
-# What a success has, by the names of nio's responses.
+# By the names of nio's responses, what makes one a success.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,4}|:[1-5]\d{4}|:6[0-4]\d{3}|:65[0-4]\d\d|:655[0-3]\d)?"
 INVITER = r"""(?=[^ ,]*[:*])[@*?[][^@;'"\s,]*"""
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
-NEVER = float("inf")
 JSON = dict[str, Any]
-Events = dict[str, JSON]  # by event ID, oldest first unless told
+Events = dict[str, JSON]  # by event ID, in order
 Task = asyncio.Task[Any]
 log = logging.getLogger("echobot")
 
@@ -84,7 +84,7 @@ async def reply_to(event: RoomMessageText) -> str | JSON | None:
     This is the function to rewrite for another bot. It gets event.sender, event.body and
     event.event_id; event.source has all else, as event.source["room_id"]. It may take
     REPLY_TIMEOUT s: while it awaits, other rooms go on. It may raise: that costs this one reply.
-    After a crash it may be called again for what was answered: the second reply is dropped.
+    After a crash it may be called again for the same event: no second reply is sent.
     """
     if not event.body.startswith(COMMAND):
         return None
@@ -99,9 +99,9 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, 0, "stopped")
-    # So many that those which a reply_to keeps busy hold up no save and no look-up of names.
+    # So many that a reply_to which keeps some busy holds up no save and no look-up of names.
     loop.set_default_executor(ThreadPoolExecutor(1000))
-    # The libraries stay silent: nio's warnings quote whole events, access tokens included.
+    # nio's own logs quote whole events and access tokens: the libraries stay silent.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
     user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
@@ -135,7 +135,7 @@ def stop(status: int, reason: str) -> NoReturn:
 
 
 async def guarded(work: Awaitable[Any]) -> Any:
-    """Return what work does; a bug in it ends the process."""
+    """Return what work does, or end the process if that has a bug."""
     try:
         return await work
     except Exception:
@@ -170,8 +170,8 @@ async def sync_forever(client: "Client") -> None:
 
 
 async def poll(client: "Client", since: str) -> tuple[str, JSON]:
-    """Return a position and what came after it: `since`, or "" if that is refused for long."""
-    # Short at first and after a failure, and another each time: some answers are cached.
+    """Return a position and what came after it: `since`, or "" if that is refused for a minute."""
+    # Another hold each time until one succeeds: a failure may be cached, or what was said before.
     hold = SYNC_TIMEOUT if client.is_synced else random.randrange(1, 1000)
     client.is_synced = False
     try:
@@ -187,7 +187,7 @@ async def poll(client: "Client", since: str) -> tuple[str, JSON]:
         return await poll(client, "")
     now = time.monotonic()
     client.synced_for += min(now - client.synced_at, SYNC_TIMEOUT / 1000)
-    client.synced_at, client.refused_at, client.is_synced = now, NEVER, True
+    client.is_synced, client.synced_at, client.refused_at = True, now, NEVER
     return since, response
 
 
@@ -203,9 +203,8 @@ def sync_filter(since: str) -> JSON:
 
 
 async def follow_older(client: "Client") -> None:
-    """Follow the invitations from before the saved position."""
-    hold = random.randrange(1, 1000)  # ms: or Synapse repeats what it told the life before
-    what = "the sync for older invitations"
+    """Follow the invitations from before the saved position, which no other sync tells."""
+    what, hold = "the sync for older invitations", random.randrange(1, 1000)
     hand_out(client, await persist(lambda: client.sync(hold, sync_filter("")), what), "")
 
 
@@ -217,9 +216,9 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     client.invited = set(invited)
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
-    timelines = {client.room(i): part(joined[i], dict, "timeline") for i in joined}
-    tasks = [hear(room, timelines[room], since, response["next_batch"]) for room in timelines]
-    return [task for task in tasks if task]
+    upto = response["next_batch"]
+    heard = [hear(client.room(i), part(joined[i], dict, "timeline"), since, upto) for i in joined]
+    return [task for task in heard if task]
 
 
 class Room:
@@ -296,11 +295,13 @@ def replied(room: Room, events: Events) -> set[str]:
 
 def own_membership(room: Room, event: Any) -> str:
     """Return the membership that an event gives the bot, "" if none or the same as before."""
+    if part(event, str, "type") != "m.room.member":
+        return ""
+    if part(event, str, "state_key") != room.client.user_id:
+        return ""
     before = part(event, str, "unsigned", "prev_content", "membership")
-    match event:
-        case {"state_key": room.client.user_id, "content": {"membership": str(now)}}:
-            return now if now != before else ""
-    return ""
+    now = part(event, str, "content", "membership")
+    return str(now) if now != before else ""
 
 
 async def answer(room: Room, event_id: str, event: JSON) -> None:
@@ -501,7 +502,7 @@ def gives_up(room: Room, failure: "Failure") -> bool:
 
 
 async def pause(room: Room | None, told: float, delay: float) -> None:
-    """Wait for as many s as told, or for a delay; one of the rooms that are told tries at a time."""
+    """Wait as long as told, or for a delay (s); rooms that are told to wait try one by one."""
     if not room or not told:
         await asyncio.sleep(told or delay)
         return
