@@ -41,7 +41,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -171,7 +171,7 @@ async def sync_forever(client: "Client") -> None:
 
 async def poll(client: "Client", since: str) -> tuple[str, JSON]:
     """Return a position and what came after it: `since`, or "" if that is refused for a minute."""
-    # Another hold each time until one succeeds: a failure may be cached, or what was said before.
+    # Another hold each time until one succeeds: a homeserver may repeat a failure that it cached.
     hold = SYNC_TIMEOUT if client.is_synced else random.randrange(1, 1000)
     client.is_synced = False
     try:
@@ -263,7 +263,7 @@ async def answer_room(room: Room) -> None:
             await answer_events(room, events)
             behind[room.room_id] = upto
         room.answering = None
-        if not room.has_gap:  # or it is invited
+        if not room.has_gap:  # Else it is invited.
             del behind[room.room_id]
 
 
@@ -271,10 +271,10 @@ async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
     done = replied(room, events) | room.answered.keys()
     # Not every homeserver tells the bot's membership at an event: it follows from its changes.
-    changes = [own_membership(room, event) for event in events.values()]
-    membership = "leave" if "".join(changes).startswith(("invite", "join")) else "join"
-    for (event_id, event), change in zip(events.items(), changes, strict=True):
-        membership = change or membership
+    changes = filter(None, (own_membership(room, event) for event in events.values()))
+    membership = "leave" if next(changes, "") in ("invite", "join") else "join"
+    for event_id, event in events.items():
+        membership = own_membership(room, event) or membership
         then = part(event, str, "unsigned", "membership") or membership
         room.answered[event_id] = None
         try:
@@ -362,17 +362,27 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     """Return what came between two positions, oldest first, wherever its place in the room is."""
     known = await known_at(room, since)
     ends = set(known)  # All of it: what comes late from other homeservers has its place in there.
-    read = Events(reversed(timeline.items()))
-    async for page in pages(room, upto, timeline):
-        read |= page
-        if not known:
+    read, position, tries = Events(reversed(timeline.items())), upto, 0  # newest first
+    while position and tries < 100:
+        page, before = await read_page(room, position, 100)
+        # A homeserver's worker that lags leaves a hole before the timeline.
+        is_hole = position == upto and timeline and not page.keys() & timeline.keys()
+        is_useless = is_hole or page.keys() <= read.keys()
+        tries = tries + 1 if is_useless else 0
+        await asyncio.sleep(min(tries / 4, 1))
+        if is_hole and tries < 9:
+            continue
+        position, read = before, read | page
+        if known:
+            is_end = known[-1] in page
+        else:
             ends |= beginnings(room, page)
-        if known[-1] in page if known else ends & read.keys() or not page:
+            is_end = not page or not ends.isdisjoint(read)
+        if is_end:
             break
     ids = list(read)
-    while ends & read.keys() and ids[-1] not in ends:
-        ids.pop()
-    return {i: read[i] for i in reversed(ids) if i not in known}
+    last = max((n for n, event_id in enumerate(ids) if event_id in ends), default=len(ids))
+    return {i: read[i] for i in reversed(ids[: last + 1]) if i not in known}
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -383,7 +393,7 @@ async def known_at(room: Room, position: str) -> list[str]:
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
     member = {i for i in newest if part(newest[i], str, "unsigned", "membership") in ("", "join")}
-    # It may have done so before: trust only what is not newer than the oldest reply's.
+    # That may have happened before, too: trust only the oldest one that has a reply, and older.
     ends = replied(room, page) & page.keys() or member
     ids = list(page)
     found = [n for n, event_id in enumerate(ids) if event_id in ends]
@@ -395,23 +405,6 @@ def beginnings(room: Room, page: Events) -> set[str]:
     out = {i for i in page if part(page[i], str, "unsigned", "membership") == "leave"}
     invited = {i for i in page if own_membership(room, page[i]) == "invite"}
     return out | invited | replied(room, page)
-
-
-async def pages(room: Room, upto: str, timeline: Events) -> AsyncIterator[Events]:
-    """Yield what is before the end of a timeline by pages, newest first."""
-    for tries in range(9):  # A homeserver's worker that lags leaves a hole before the timeline.
-        page, position = await read_page(room, upto, 100)
-        if page.keys() & timeline.keys() or not timeline:
-            break
-        await asyncio.sleep(tries / 4)
-    seen, useless = set(page), 0
-    yield page
-    while position and useless < 100:
-        page, position = await read_page(room, position, 100)
-        useless = 0 if page.keys() - seen else useless + 1
-        await asyncio.sleep(min(useless / 4, 1))
-        seen |= page.keys()
-        yield page
 
 
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
@@ -443,7 +436,8 @@ async def accept(room: Room, invited: JSON) -> None:
     room.failing_since = NEVER
     inviter = "nobody"
     for event in part(invited, list, "invite_state", "events"):
-        if own_membership(room, event):  # The others are told by the inviter's homeserver.
+        # The others, and what came before, are told by the inviter's homeserver.
+        if part(event, str, "state_key") == client.user_id:
             inviter = part(event, str, "sender")
     if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
         await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
@@ -455,7 +449,7 @@ async def accept(room: Room, invited: JSON) -> None:
     if not room.upto:  # No timeline came since.
         room.has_gap = False
         if not room.answering:
-            del client.state.behind[room_id]
+            client.state.behind.pop(room_id, None)
 
 
 async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
@@ -477,11 +471,11 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             return None
         if str(failure) != cause:
             cause = str(failure)
-            level = logging.INFO if failure.status == 429 else logging.WARNING
-            log.log(level, "Trouble with %s: %s; trying again", what, cause)
+            log.log(failure.level, "Trouble with %s: %s; trying again", what, cause)
         if time.monotonic() - began > 5:
             delay = 0.25  # It has waited already.
-        await pause(room, failure.retry_after, delay * random.uniform(0.5, 1))
+        # A time that is told as well, or all rooms that were told it would ask at once.
+        await asyncio.sleep(failure.retry_after + delay * random.uniform(0.5, 1))
         delay = min(2 * delay, MAX_DELAY)
     if room:
         room.failing_since = NEVER
@@ -501,44 +495,34 @@ def gives_up(room: Room, failure: "Failure") -> bool:
     return room.client.synced_for - room.failing_since >= PATIENCE
 
 
-async def pause(room: Room | None, told: float, delay: float) -> None:
-    """Wait as long as told, or for a delay (s); rooms that are told to wait try one by one."""
-    if not room or not told:
-        await asyncio.sleep(told or delay)
-        return
-    line = room.client.line
-    line.add(room)
-    # A little more, or it is too early by some ms and waits again behind the last.
-    await asyncio.sleep(min(len(line) * (told + 0.05), 2 * MAX_DELAY))
-    line.discard(room)
-
-
 class Failure(Exception):
-    """A request that failed; its text says why and quotes no message."""
+    """A request that failed; its text says why, in the homeserver's words, and quotes no message.
 
-    status, refusal = 0, 0  # HTTP; the same if it is the homeserver that says no
-    is_awaited = False  # It is a limit, or a person has to mend the account.
-    retry_after = 0.0  # s
+    status: of HTTP; refusal: the same if the homeserver says no, 0 if it is only out of order;
+    is_awaited: it is a limit, or a person has to mend the account; retry_after: in s, as told.
+    """
 
-
-def failure_of(status: int, content: Any, headers: Any) -> Failure:
-    """Return what an answer that is no success says, in the homeserver's own words."""
-    errcode, error = part(content, str, "errcode"), part(content, str, "error")
-    cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
-    failure = Failure("".join(c if c.isprintable() else " " for c in cause))
-    failure.status = status
-    failure.is_awaited = status == 429 or (status in (401, 403) and errcode in BLOCKED)
-    if errcode and 400 <= status < 500 and not failure.is_awaited:
-        failure.refusal = status  # What stands before a homeserver has no errcode.
-    told = headers.get("Retry-After", "")
-    seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000
-    with suppress(ValueError):
-        seconds = seconds or float(told)
-    with suppress(ValueError, TypeError):  # A date, by the server's clock: ours may be wrong.
-        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
-        seconds = (until - now).total_seconds()
-    failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
-    return failure
+    def __init__(
+        self, cause: str, status: int = 0, content: Any = None, headers: Any = None
+    ) -> None:
+        errcode, error = part(content, str, "errcode"), part(content, str, "error")
+        cause += f" {errcode} ({error[:200]})" if errcode else ""
+        super().__init__("".join(c if c.isprintable() else " " for c in cause))
+        self.status = status
+        self.level = logging.INFO if status == 429 else logging.WARNING
+        self.is_awaited = status == 429 or (status in (401, 403) and errcode in BLOCKED)
+        # What stands before a homeserver has no errcode.
+        is_refused = errcode and 400 <= status < 500 and not self.is_awaited
+        self.refusal = status if is_refused else 0
+        headers = headers or {}
+        told = headers.get("Retry-After", "")
+        seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000
+        with suppress(ValueError):
+            seconds = seconds or float(told)
+        with suppress(ValueError, TypeError):  # A date, by the server's clock: ours may be wrong.
+            until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
+            seconds = (until - now).total_seconds()
+        self.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
 
 
 class Client(AsyncClient):
@@ -553,7 +537,7 @@ class Client(AsyncClient):
         self.state = state
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
-        self.slots, self.line = asyncio.Semaphore(MAX_BUSY), set[Room]()
+        self.slots = asyncio.Semaphore(MAX_BUSY)
         self.is_synced, self.synced_at, self.refused_at = False, time.monotonic(), NEVER
         self.synced_for = 0.0  # s
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
@@ -599,7 +583,8 @@ class Client(AsyncClient):
         is_complete = not key or part(content, str, key) or has_chunk
         if response.status == 200 and isinstance(content, dict) and is_complete:
             return content
-        raise failure_of(response.status, content, response.headers)
+        status = response.status
+        raise Failure(f"HTTP {status}", status, content, response.headers)
 
 
 async def discover(client: Client) -> str:
