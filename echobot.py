@@ -224,12 +224,13 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
 class Room:
     """A room, and what it has heard that is not answered: `events`, up to a position `upto`.
 
-    If that `has_gap`, more has to be read back, from its position in State.behind on.
+    If that `has_gap`, more has to be read back, from the room's position in State.behind on.
     """
 
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.room_id = client, room_id
         self.events, self.upto, self.has_gap = Events(), "", False
+        self.is_invited = False  # and no timeline came since
         self.answering: Task | None = None
         self.joining: Task | None = None
         self.answered: dict[str, None] = {}  # event IDs: later timelines may repeat them
@@ -245,7 +246,8 @@ def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
     room.client.state.behind.setdefault(room.room_id, since)
     is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
     room.events = events if is_limited else room.events | events
-    room.upto, room.has_gap = upto, room.has_gap or is_limited
+    room.has_gap = room.has_gap or is_limited or room.is_invited
+    room.upto, room.is_invited = upto, False
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
 
@@ -261,9 +263,10 @@ async def answer_room(room: Room) -> None:
             if has_gap or "join" in [own_membership(room, event) for event in events.values()]:
                 events = await read_back(room, behind[room.room_id], upto, events)
             await answer_events(room, events)
-            behind[room.room_id] = upto
+            if not room.has_gap and not room.is_invited:
+                behind[room.room_id] = upto
         room.answering = None
-        if not room.has_gap:  # Else it is invited.
+        if not room.is_invited:
             del behind[room.room_id]
 
 
@@ -426,7 +429,7 @@ def invite(room: Room, invited: JSON, since: str) -> None:
     if room.joining:
         room.joining.cancel()
     room.client.state.behind.setdefault(room.room_id, since)
-    room.has_gap = True  # The next timeline is read back to the invitation.
+    room.is_invited = True
     room.joining = asyncio.create_task(guarded(accept(room, invited)))
 
 
@@ -446,10 +449,9 @@ async def accept(room: Room, invited: JSON) -> None:
         log.info("Joined %s, invited by %s", room_id, inviter)
         client.invited.discard(room_id)  # If it is told again, that is another one.
         return
-    if not room.upto:  # No timeline came since.
-        room.has_gap = False
-        if not room.answering:
-            client.state.behind.pop(room_id, None)
+    room.is_invited = False
+    if not room.answering:
+        client.state.behind.pop(room_id, None)
 
 
 async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
