@@ -298,13 +298,10 @@ def replied(room: Room, events: Events) -> set[str]:
 
 def own_membership(room: Room, event: Any) -> str:
     """Return the membership that an event gives the bot, "" if none or the same as before."""
-    if part(event, str, "type") != "m.room.member":
-        return ""
-    if part(event, str, "state_key") != room.client.user_id:
-        return ""
     before = part(event, str, "unsigned", "prev_content", "membership")
     now = part(event, str, "content", "membership")
-    return str(now) if now != before else ""
+    is_change = part(event, str, "type") == "m.room.member" and now != before
+    return str(now) if is_change and event.get("state_key") == room.client.user_id else ""
 
 
 async def answer(room: Room, event_id: str, event: JSON) -> None:
@@ -370,8 +367,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         page, before = await read_page(room, position, 100)
         # A homeserver's worker that lags leaves a hole before the timeline.
         is_hole = position == upto and timeline and not page.keys() & timeline.keys()
-        is_useless = is_hole or page.keys() <= read.keys()
-        tries = tries + 1 if is_useless else 0
+        tries = tries + 1 if is_hole or page.keys() <= read.keys() else 0
         await asyncio.sleep(min(tries / 4, 1))
         if is_hole and tries < 9:
             continue

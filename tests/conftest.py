@@ -1,7 +1,7 @@
 """What the tests share: homeservers for all, and for each a bot and people of its own."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from support.bot import Bot, new_bot
@@ -9,6 +9,7 @@ from support.dendrite import DENDRITE, Dendrite
 from support.federation import Federation, running_federation
 from support.homeserver import Homeserver, running, running_homeserver
 from support.people import People, Room, new_people
+from support.prefork import preforking
 from support.proxy import Proxy, running_proxy
 
 
@@ -17,10 +18,22 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(2 * (os.cpu_count() or 1), 16)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long, lest one worker be busy with that when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what is marked so on both homeservers."""
     if metafunc.definition.get_closest_marker("dendrite"):
         metafunc.parametrize("homeserver", ["synapse", "dendrite"], indirect=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_starts() -> Iterator[None]:
+    """Bots start in no time."""
+    with preforking():
+        yield
 
 
 @pytest.fixture(scope="session")

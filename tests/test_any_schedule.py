@@ -7,6 +7,7 @@ Schedule(...): to replay it, put @example(Schedule(...)) on the test.
 import random
 from dataclasses import dataclass
 
+import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,7 +63,8 @@ def any_fault(scene: FarScene, chance: random.Random, hits: list[str]) -> Fault:
     return fault
 
 
-@tries(few=4)
+@pytest.mark.long
+@tries(few=3)
 @given(SCHEDULES)
 async def test_any_schedule(federation: Federation, schedule: Schedule) -> None:
     """Commands in several rooms of two homeservers, that are cut off from each other or restart.

@@ -24,6 +24,7 @@ async def people(federation: Federation) -> FarPeople:
     return await federation.new_people()
 
 
+@pytest.mark.long
 async def test_outage_between_homeservers_costs_nothing(
     federation: Federation, people: FarPeople, bot: Bot
 ) -> None:
@@ -124,11 +125,12 @@ async def test_somebody_else_reads_back_first_after_an_outage(
     assert await room.replies(31) == ["before", *(str(n) for n in range(30))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("answered_before", [0, 50])
 async def test_event_that_came_late_is_found_below_newer_ones(
     federation: Federation, people: FarPeople, bot: Bot, answered_before: int
 ) -> None:
-    """The newest event, whose place is below 131 of 150 others, is answered and hides none of them.
+    """The newest event, whose place is below 107 of 125 others, is answered and hides none of them.
 
     It comes while the bot is down, which answered none yet, or was killed in their middle.
     """
@@ -138,7 +140,7 @@ async def test_event_that_came_late_is_found_below_newer_ones(
     await arrives(people.bob, room.room_id, await room.command(*range(18)))
     async with federation.cut_off() as (cut, _):
         late = await far.command("late")
-        await room.command(*range(18, 150))
+        await room.command(*range(18, 125))
         if answered_before:
             await bot.start()
             await room.replies(answered_before)
@@ -146,9 +148,9 @@ async def test_event_that_came_late_is_found_below_newer_ones(
         await cut.happens()
     await arrives(people.account, room.room_id, late)
     if answered_before:
-        await room.command(150)
+        await room.command(125)
     await bot.start()
-    count = 150 + bool(answered_before)
+    count = 125 + bool(answered_before)
     replies = await room.replies(count + 1)
     assert [reply for reply in replies if reply != "late"] == [str(n) for n in range(count)]
     assert replies.count("late") == 1

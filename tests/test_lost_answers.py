@@ -11,6 +11,7 @@ from support.proxy import ALL, EVERY_FAULT, JOIN, LOGIN, MESSAGES, POLL, SEND, F
 
 
 @pytest.mark.dendrite
+@pytest.mark.speed(60)
 @pytest.mark.parametrize("name", EVERY_FAULT)
 async def test_any_fault_on_any_request_costs_and_doubles_nothing(
     people: People, quick_bot: Bot, proxy: Proxy, name: str
@@ -34,6 +35,7 @@ async def test_any_fault_on_any_request_costs_and_doubles_nothing(
 
 
 @pytest.mark.dendrite
+@pytest.mark.speed(60)
 async def test_silence_of_the_whole_network_is_mended_once_it_ends(
     room: Room, quick_bot: Bot, proxy: Proxy
 ) -> None:

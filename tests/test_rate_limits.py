@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from email.utils import formatdate
+from itertools import pairwise
 
 import pytest
 import support.proxy as faults
@@ -18,7 +19,7 @@ from support.scripted import field_of
 PER_SECOND, BURST = 3, 10
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def homeserver() -> AsyncIterator[Homeserver]:
     """A homeserver that limits how fast messages may be sent."""
     limit = {"per_second": PER_SECOND, "burst_count": BURST}
@@ -36,6 +37,7 @@ async def test_synapse_limits_cost_no_reply_and_starve_no_room(people: People, b
     for n in range(BURST):
         for number, sender in enumerate(senders):
             await sender.send(rooms[number // 4].room_id, f"!replybot {n}.{number}")
+    said = time.time()
     expected = [f"{n}.{number}" for n in range(BURST) for number in range(4)]
     assert await rooms[0].replies(40) == expected
     assert await rooms[1].replies(10) == [f"{n}.4" for n in range(BURST)]
@@ -43,7 +45,9 @@ async def test_synapse_limits_cost_no_reply_and_starve_no_room(people: People, b
         [event["origin_server_ts"] / 1000 for event in await room.events()] for room in rooms
     ]
     allowed = (50 - BURST) / PER_SECOND
-    assert allowed * 0.9 < max(first + second) - started < allowed * 1.25
+    assert max(first + second) - started > allowed * 0.9
+    # Without the time that it took to say it, while the limit was not reached yet.
+    assert max(first + second) - said < allowed * 1.25
     assert sum(moment < second[-1] for moment in first) <= 35, "the second room was starved"
 
 
@@ -52,12 +56,15 @@ async def test_limited_rooms_do_not_rush(people: People, proxied_bot: Bot, proxy
     rooms = [await people.invite(await people.user(f"sender{n}-")) for n in range(24)]
     await proxied_bot.run()
     await proxied_bot.logs("Joined", times=len(rooms))
-    await asyncio.gather(*[room.command("hello") for room in rooms])
-    for room in rooms:
-        assert await room.replies(1) == ["hello"]
-    assert len(rooms) + 5 < proxy.count(SEND) < 4 * len(rooms)
+    # However long it takes to say it in all of them, they are answered at once.
+    together = faults.hold(lambda: proxy.counts(SEND, len(rooms)))
+    with proxy.inject(together, SEND, times=len(rooms)):
+        await asyncio.gather(*[room.command("hello") for room in rooms])
+        for room in rooms:
+            assert await room.replies(1) == ["hello"]
+    assert len(rooms) < proxy.count(SEND) < 4 * len(rooms)
     times = [(await room.events())[0]["origin_server_ts"] / 1000 for room in rooms]
-    assert max(times) - min(times) < 2 * (len(rooms) - BURST) / PER_SECOND
+    assert max(times) - min(times) < 3 * (len(rooms) - BURST) / PER_SECOND
 
 
 async def test_room_limited_for_ever_holds_up_no_other() -> None:
@@ -102,15 +109,22 @@ async def test_429_without_a_time_is_waited_out(pattern: str) -> None:
 
 async def limit_is_waited_out(pattern: str, limit: Fault) -> None:
     """Assert that of one limit."""
-    async with field_of(speed=60) as field:
+    times: list[float] = []
+
+    async def refuse(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        times.append(field.now())
+        return await limit(proxy, request)
+
+    async with field_of(speed=120) as field:
         await field.bot.run()
         room = field.server.room("invite" if pattern == JOIN else "join")
-        with field.proxy.inject(limit, pattern) as limited:
+        with field.proxy.inject(refuse, pattern):
             room.command("hello")
-            await limited.happens()
-            began = field.now()
-            await eventually(lambda: field.now() - began > 700)
-            assert 10 < limited.happened < 35
+            await eventually(lambda: times and times[-1] - times[0] > 660)
+            # An answer that takes longer than 5 s, as it seems if this machine is busy, is waiting
+            # too: then it begins anew.
+            assert 10 < len(times) < 150
+            assert max(later - earlier for earlier, later in pairwise(times)) > 30
         await room.answers("hello")
         assert "Gave up" not in field.bot.log
         assert field.bot.log.count("Trouble with") == 1

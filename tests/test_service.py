@@ -54,7 +54,8 @@ async def test_trouble_is_logged_when_it_starts_and_when_it_ends(
         proxy.inject(faults.cut_before) as connection,
     ):
         await connection.happens(times=15)
-        await sync.happens()
+        # The first one may have been on an old connection: then aiohttp itself repeats it.
+        await sync.happens(times=2)
     for room in rooms:
         assert await room.replies(3) == ["0", "1", "2"]
     await quick_bot.logs("Answered", times=15)
@@ -85,6 +86,7 @@ async def messages(
         loop.remove_reader(unix)
 
 
+@pytest.mark.speed(60)
 async def test_systemd_is_told_what_the_bot_does(
     quick_bot: Bot, proxy: Proxy, messages: list[str]
 ) -> None:

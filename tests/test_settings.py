@@ -446,8 +446,7 @@ async def test_proxy_for_https_is_asked_for_a_tunnel(
             port = int(server.url.rpartition(":")[2])
             reader_there, writer_there = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-            with suppress(OSError):
-                await together(pass_on(reader, writer_there), pass_on(reader_there, writer))
+            await together(pass_on(reader, writer_there), pass_on(reader_there, writer))
 
         listener = await asyncio.start_server(tunnel, "127.0.0.1")
         port = listener.sockets[0].getsockname()[1]
@@ -465,11 +464,14 @@ async def test_proxy_for_https_is_asked_for_a_tunnel(
 
 
 async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Write what is read, until the end."""
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
+    """Write what is read, until the end, or until one of them is cut."""
+    try:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+    finally:
+        writer.close()
 
 
 @pytest.mark.parametrize("place", ["/_matrix/client", "/_matrix/"])

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from support.homeserver import PASSWORD
+from support.prefork import Forked, Parent
 
 ECHOBOT = Path(__file__).parents[2] / "echobot.py"
 SETTINGS = ("MATRIX_", "STATE_DIRECTORY", "LOG_LEVEL", "NOTIFY_SOCKET", "WATCHDOG_", "JOURNAL_")
@@ -50,10 +51,13 @@ def fork(directory: Path, reply_to: str) -> Path:
 # The process's clock runs this many times as fast. All of asyncio, and what is built on it, takes
 # its time from these two: sleeps, timeouts, aiohttp's deadlines.
 FAST_CLOCK = """
-import selectors, time
+import selectors, sys, time
 def speed_up(speed, monotonic=time.monotonic, select=selectors.DefaultSelector.select):
     began = monotonic()
-    time.monotonic = lambda: began + (monotonic() - began) * speed
+    fast = lambda: began + (monotonic() - began) * speed
+    for module in list(sys.modules.values()):
+        for name in [n for n, value in vars(module).items() if value is monotonic]:
+            setattr(module, name, fast)
     selectors.DefaultSelector.select = lambda self, timeout=None: select(
         self, timeout and timeout / speed
     )
@@ -63,6 +67,8 @@ speed_up({speed})
 
 class Bot:
     """A bot and its state directory; between `start` and its end there is a process.
+
+    Unless there is something special about it, it is forked off one that has imported nio.
 
     `speed`: how many times as fast its clock runs, so that a test need not wait a minute for what
     takes the bot a minute. The homeserver's clock is the real one: a request of 10 ms seems to take
@@ -87,7 +93,7 @@ class Bot:
         }
         self.speed = speed
         self.customize = ""
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: asyncio.subprocess.Process | Forked | None = None
         self.log_path = directory / "bot.log"
 
     async def start(self, *arguments: str, **options: object) -> Self:
@@ -97,9 +103,20 @@ class Bot:
             for name, value in os.environ.items()
             if not name.startswith(SETTINGS) and not name.lower().endswith("_proxy")
         }
-        clock = FAST_CLOCK.format(speed=self.speed) if self.speed != 1 else ""
-        (self.directory / "sitecustomize.py").write_text(clock + self.customize)
+        first = FAST_CLOCK.format(speed=self.speed) if self.speed != 1 else ""
+        first += self.customize
+        is_usual = self.python == Path(sys.executable) and not arguments and not options
+        # Others, as SSL_CERT_FILE, may be for what is imported.
+        names = [name for name in self.environment if not name.lower().endswith("_proxy")]
+        is_usual &= all(name.startswith(SETTINGS) for name in names)
         with self.log_path.open("a") as log:
+            if is_usual and Parent.running:
+                environment = {**inherited, **self.environment}
+                self.process = await Parent.running.start(
+                    self.script, environment, log.fileno(), first
+                )
+                return self
+            (self.directory / "sitecustomize.py").write_text(first)
             self.process = await asyncio.create_subprocess_exec(
                 str(self.python),
                 str(self.script),
@@ -119,7 +136,7 @@ class Bot:
         """Whether there is a process that has not ended."""
         return self.process is not None and self.process.returncode is None
 
-    async def send_signal(self, number: int, seconds: float = 15) -> int:
+    async def send_signal(self, number: int, seconds: float = 60) -> int:
         """Send a signal, wait for the end of the process, return its exit status."""
         assert self.process is not None
         assert self.running, f"the bot ended by itself: {self.log}"
@@ -134,7 +151,7 @@ class Bot:
         """End the process in order, return its exit status."""
         return await self.send_signal(signal.SIGTERM)
 
-    async def wait(self, seconds: float = 15) -> int:
+    async def wait(self, seconds: float = 60) -> int:
         """Wait for the process to end by itself, return its exit status."""
         assert self.process is not None
         return await asyncio.wait_for(self.process.wait(), seconds)

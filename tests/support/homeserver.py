@@ -32,11 +32,12 @@ NO_RATE_LIMITS: dict[str, Any] = {
 
 
 def free_port() -> int:
-    """Ask the system for a port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Find a port that nothing listens on, and that nobody gets who asks the system for any."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 class MatrixError(Exception):
