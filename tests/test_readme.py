@@ -11,7 +11,7 @@ from support.people import Room
 from support.proxy import served
 
 README = ECHOBOT.with_name("README.md").read_text()
-(IMPORT,) = re.findall(r"It needs `(.*?)`", README)
+IMPORTS = "\n".join(re.findall(r"`(from .*? import \w+)`", README))
 BEFORE, AFTER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SOURCE = ECHOBOT.read_text()
 
@@ -32,7 +32,7 @@ async def test_example_of_another_bot_works(room: Room, bot: Bot) -> None:
     async with served(forecast) as url:
         bot.script = fork(bot.directory, AFTER.replace("https://wttr.in", url))
         source = bot.script.read_text()
-        bot.script.write_text(source.replace("import json\n", f"import json\n{IMPORT}\n"))
+        bot.script.write_text(source.replace("import json\n", f"import json\n{IMPORTS}\n"))
         await bot.run()
         await room.say("!weather Oslo", "!replybot hello", "!weathers", "!weather Rome")
         assert await room.replies(2) == ["Oslo: <10 degrees", "Rome: <10 degrees"]
