@@ -62,11 +62,11 @@ MAX_DELAY = 60  # s between two attempts; twice that if told so
 TIME_LIMIT = 60  # s for an attempt, doubled when it is too short, up to PATIENCE
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
-MAX_BUSY = 500  # rooms answered at a time, as often only 1,024 files may be open
+MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
 MAX_REMEMBERED = 1000  # event IDs of a room
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
-# By the names of nio's responses, what makes one a success.
+# What a response must have to be a success, by its name in nio.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,4}|:[1-5]\d{4}|:6[0-4]\d{3}|:65[0-4]\d\d|:655[0-3]\d)?"
@@ -101,7 +101,7 @@ async def main() -> None:
         loop.add_signal_handler(number, stop, 0, "stopped")
     # So many that a reply_to which keeps some busy holds up no save and no look-up of names.
     loop.set_default_executor(ThreadPoolExecutor(1000))
-    # nio's own logs quote whole events and access tokens: the libraries stay silent.
+    # All other loggers are silent: nio's quote whole events and access tokens.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
     user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
@@ -129,7 +129,7 @@ def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "
 def stop(status: int, reason: str) -> NoReturn:
     """End the process as a crash would: what is not saved will be done again."""
     notify("STOPPING=1")
-    with suppress(OSError):  # Nobody may read it any more.
+    with suppress(OSError):  # Nobody may read it.
         print(f"echobot: {reason}", file=sys.stderr)
     os._exit(status)
 
@@ -156,13 +156,13 @@ async def sync_forever(client: "Client") -> None:
             await asyncio.wait([polling], timeout=60)
         since, response = polling.result()
         state.next_batch = response["next_batch"]
-        if not older:  # It is the first response.
+        if not older:  # This is the first response.
             notify("READY=1")
             for room_id, position in state.behind.items():
                 hear(client.room(room_id), {"limited": True}, position, state.next_batch)
             older = asyncio.create_task(guarded(follow_older(client)))
         answering = hand_out(client, response, since)
-        # Neither too far ahead of the replies, nor in a rush without news.
+        # Let the replies keep up, and don't poll in a rush.
         if answering:
             await asyncio.wait(answering, timeout=INTERVAL)
         elif since:
@@ -180,14 +180,14 @@ async def poll(client: "Client", since: str) -> tuple[str, JSON]:
         if failure.refusal == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
-        client.refused_at = min(client.refused_at, time.monotonic()) if is_refused else NEVER
-        if time.monotonic() - client.refused_at < 60:
+        client.refused_since = min(client.refused_since, time.monotonic()) if is_refused else NEVER
+        if time.monotonic() - client.refused_since < 60:
             raise
         log.error("next_batch %s is refused, what came since is lost: starting from now", since)
         return await poll(client, "")
     now = time.monotonic()
     client.synced_for += min(now - client.synced_at, SYNC_TIMEOUT / 1000)
-    client.is_synced, client.synced_at, client.refused_at = True, now, NEVER
+    client.is_synced, client.synced_at, client.refused_since = True, now, NEVER
     return since, response
 
 
@@ -230,12 +230,12 @@ class Room:
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.room_id = client, room_id
         self.events, self.upto, self.has_gap = Events(), "", False
-        self.is_invited = False  # and no timeline came since
+        self.awaits_timeline = False  # since an invitation
         self.answering: Task | None = None
         self.joining: Task | None = None
         self.answered: dict[str, None] = {}  # event IDs: later timelines may repeat them
         self.sending = ""  # the last transaction ID
-        self.failing_since = NEVER  # s of successful syncs
+        self.failing_since = NEVER  # a value of Client.synced_for
         self.has_notice = False  # that it is encrypted
 
 
@@ -246,8 +246,8 @@ def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
     room.client.state.behind.setdefault(room.room_id, since)
     is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
     room.events = events if is_limited else room.events | events
-    room.has_gap = room.has_gap or is_limited or room.is_invited
-    room.upto, room.is_invited = upto, False
+    room.has_gap = room.has_gap or is_limited or room.awaits_timeline
+    room.upto, room.awaits_timeline = upto, False
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
 
@@ -259,29 +259,28 @@ async def answer_room(room: Room) -> None:
         while upto := room.upto:
             events, has_gap = room.events, room.has_gap
             room.events, room.upto, room.has_gap = Events(), "", False
-            # The first timeline after a join may reach into the time before.
-            if has_gap or "join" in [own_membership(room, event) for event in events.values()]:
+            if has_gap:
                 events = await read_back(room, behind[room.room_id], upto, events)
             await answer_events(room, events)
-            if not room.has_gap and not room.is_invited:
+            if not room.has_gap and not room.awaits_timeline:
                 behind[room.room_id] = upto
         room.answering = None
-        if not room.is_invited:
+        if not room.awaits_timeline:
             del behind[room.room_id]
 
 
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
     done = replied(room, events) | room.answered.keys()
-    # Not every homeserver tells the bot's membership at an event: it follows from its changes.
+    # Where an event does not tell it, it follows from the changes: before them, the opposite.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
         membership = own_membership(room, event) or membership
-        then = part(event, str, "unsigned", "membership") or membership
+        at_event = part(event, str, "unsigned", "membership") or membership
         room.answered[event_id] = None
         try:
-            if event_id not in done and then in ("invite", "join"):
+            if event_id not in done and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises.
             # Without its text, which may quote the message.
@@ -311,12 +310,12 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
         case {"sender": room.client.user_id} | {"unsigned": {"redacted_because": _}}:
             return
         case {"content": {"m.relates_to": {"rel_type": "m.replace"}}}:
-            return  # It is an edit.
+            return  # an edit
         case {"type": "m.room.encrypted"} if not room.has_notice:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.room_id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            name = f"encrypted{room.room_id}"  # In each life: the homeserver drops the second.
+            name = f"encrypted{room.room_id}"  # Of the room: the homeserver drops a second one.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = event["content"].get("formatted_body"), event["content"].get("format")
             source = {**event, "room_id": room.room_id}
@@ -362,16 +361,17 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     """Return what came between two positions, oldest first, wherever its place in the room is."""
     known = await known_at(room, since)
     ends = set(known)  # All of it: what comes late from other homeservers has its place in there.
-    read, position, tries = Events(reversed(timeline.items())), upto, 0  # newest first
-    while position and tries < 100:
+    read, position = Events(reversed(timeline.items())), upto  # newest first
+    seen, stalled = set[str](), 0
+    while position and stalled < 100:
         page, before = await read_page(room, position, 100)
         # A homeserver's worker that lags leaves a hole before the timeline.
         is_hole = position == upto and timeline and not page.keys() & timeline.keys()
-        tries = tries + 1 if is_hole or page.keys() <= read.keys() else 0
-        await asyncio.sleep(min(tries / 4, 1))
-        if is_hole and tries < 9:
+        stalled = stalled + 1 if is_hole or page.keys() <= seen else 0
+        await asyncio.sleep(min(stalled / 4, 1))
+        if is_hole and stalled < 9:
             continue
-        position, read = before, read | page
+        position, read, seen = before, read | page, seen | page.keys()
         if known:
             is_end = known[-1] in page
         else:
@@ -379,9 +379,8 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
             is_end = not page or not ends.isdisjoint(read)
         if is_end:
             break
-    ids = list(read)
-    last = max((n for n, event_id in enumerate(ids) if event_id in ends), default=len(ids))
-    return {i: read[i] for i in reversed(ids[: last + 1]) if i not in known}
+    oldest = max((n for n, event_id in enumerate(read) if event_id in ends), default=len(read))
+    return {i: read[i] for i in list(read)[oldest::-1] if i not in known}
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -392,7 +391,7 @@ async def known_at(room: Room, position: str) -> list[str]:
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
     member = {i for i in newest if part(newest[i], str, "unsigned", "membership") in ("", "join")}
-    # That may have happened before, too: trust only the oldest one that has a reply, and older.
+    # What it did so before is in there: trust only the oldest event with a reply, and older.
     ends = replied(room, page) & page.keys() or member
     ids = list(page)
     found = [n for n, event_id in enumerate(ids) if event_id in ends]
@@ -421,11 +420,11 @@ def by_id(whole: Any, name: str) -> Events:
 
 
 def invite(room: Room, invited: JSON, since: str) -> None:
-    """Follow an invitation, and no earlier one any more."""
+    """Follow an invitation instead of any earlier one."""
     if room.joining:
         room.joining.cancel()
     room.client.state.behind.setdefault(room.room_id, since)
-    room.is_invited = True
+    room.awaits_timeline = True
     room.joining = asyncio.create_task(guarded(accept(room, invited)))
 
 
@@ -435,17 +434,18 @@ async def accept(room: Room, invited: JSON) -> None:
     room.failing_since = NEVER
     inviter = "nobody"
     for event in part(invited, list, "invite_state", "events"):
-        # The others, and what came before, are told by the inviter's homeserver.
-        if part(event, str, "state_key") == client.user_id:
-            inviter = part(event, str, "sender")
-    if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
-        await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
-        log.info("Did not follow the invitation of %s to %s", inviter, room_id)
-    elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
-        log.info("Joined %s, invited by %s", room_id, inviter)
-        client.invited.discard(room_id)  # If it is told again, that is another one.
-        return
-    room.is_invited = False
+        match event:  # Others are whatever the inviter's homeserver claims.
+            case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
+                inviter = sender
+    async with client.join_slots:
+        if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
+            await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
+            log.info("Did not follow the invitation of %s to %s", inviter, room_id)
+        elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
+            log.info("Joined %s, invited by %s", room_id, inviter)
+            client.invited.discard(room_id)  # The next one is new.
+            return
+    room.awaits_timeline = False
     if not room.answering:
         client.state.behind.pop(room_id, None)
 
@@ -471,8 +471,8 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             cause = str(failure)
             log.log(failure.level, "Trouble with %s: %s; trying again", what, cause)
         if time.monotonic() - began > 5:
-            delay = 0.25  # It has waited already.
-        # A time that is told as well, or all rooms that were told it would ask at once.
+            delay = 0.25  # The request itself took long.
+        # Jitter on top of what is told, or all rooms that were told it would ask at once.
         await asyncio.sleep(failure.retry_after + delay * random.uniform(0.5, 1))
         delay = min(2 * delay, MAX_DELAY)
     if room:
@@ -494,10 +494,10 @@ def gives_up(room: Room, failure: "Failure") -> bool:
 
 
 class Failure(Exception):
-    """A request that failed; its text says why, in the homeserver's words, and quotes no message.
+    """A request that failed; its text says why, and quotes no message.
 
     status: of HTTP; refusal: the same if the homeserver says no, 0 if it is only out of order;
-    is_awaited: it is a limit, or a person has to mend the account; retry_after: in s, as told.
+    is_awaited: it is a limit, or a person has to mend the account; retry_after: s, as told.
     """
 
     def __init__(
@@ -535,8 +535,8 @@ class Client(AsyncClient):
         self.state = state
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
-        self.slots = asyncio.Semaphore(MAX_BUSY)
-        self.is_synced, self.synced_at, self.refused_at = False, time.monotonic(), NEVER
+        self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
+        self.is_synced, self.synced_at, self.refused_since = False, time.monotonic(), NEVER
         self.synced_for = 0.0  # s
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
@@ -577,8 +577,8 @@ class Client(AsyncClient):
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode(errors="replace"))
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
-        has_chunk = key == "chunk" and key in part(content, dict)  # It may be empty, or null.
-        is_complete = not key or part(content, str, key) or has_chunk
+        is_page = key == "chunk" and key in part(content, dict)  # It may be empty, or null.
+        is_complete = not key or part(content, str, key) or is_page
         if response.status == 200 and isinstance(content, dict) and is_complete:
             return content
         status = response.status
@@ -647,7 +647,7 @@ class State:
         self.next_batch, *lines = [line.strip() for line in text.split("\n")]
         if owner == user and not self.next_batch:
             log.error("next_batch is missing or empty: starting from now instead")
-        # The position that a room has to be read from again, by room ID.
+        # By room ID, positions before which all is answered.
         self.behind = dict(re.findall(r"^(!\S+) ?(.*)$", "\n".join(lines), re.MULTILINE))
 
     def refuse_other_copies(self) -> None:

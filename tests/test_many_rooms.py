@@ -8,8 +8,8 @@ import psutil
 import pytest
 import support.proxy as faults
 from support.bot import eventually
-from support.proxy import SEND, SYNC
-from support.scripted import field_of
+from support.proxy import JOIN, SEND, SYNC
+from support.scripted import ALICE, field_of
 
 
 @pytest.fixture
@@ -43,6 +43,30 @@ async def test_commands_in_many_rooms_at_once(open_files: None) -> None:
             until.set()
         await eventually(lambda: all(room.replies == ["hello"] for room in rooms), 30)
         assert 100 < most <= 512
+        assert "Too many open files" not in field.bot.log
+
+
+async def test_invitations_to_many_rooms_whose_joins_hang(open_files: None) -> None:
+    """1,200 at once hold up no other room and take no more files; in the end all are followed."""
+    async with field_of() as field:
+        other, *rooms = [field.server.room("leave") for _ in range(1201)]
+        other.set_membership("join")
+        await field.bot.start(
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+        )
+        await field.bot.ready()
+        assert field.bot.process is not None
+        process, until = psutil.Process(field.bot.process.pid), asyncio.Event()
+        before = process.num_fds()
+        with field.proxy.inject(faults.hold(until.wait), JOIN) as hanging:
+            for room in rooms:
+                room.set_membership("invite", ALICE)
+            await hanging.happens(times=300)
+            other.command("hello")
+            await other.answers("hello")
+            assert 300 <= process.num_fds() - before <= 512
+            until.set()
+        await eventually(lambda: all(room.membership == "join" for room in rooms), 30)
         assert "Too many open files" not in field.bot.log
 
 

@@ -50,6 +50,17 @@ async def test_bot_kicked_between_command_and_reply(
     assert await room.replies(2) == ["too late", "welcome back"]
 
 
+@pytest.mark.dendrite
+async def test_nobody_else_can_claim_to_have_answered(room: Room, bot: Bot) -> None:
+    """Another one's message that names a command as what it answers keeps no reply back."""
+    await bot.run()
+    await bot.kill()
+    event_id = await room.command("hello")
+    await room.say("hello", **{"echobot.answers": event_id})
+    await bot.start()
+    assert await room.replies(1) == ["hello"]
+
+
 async def test_lone_surrogate_holds_nothing_up() -> None:
     """Half a character, which no homeserver takes, is replaced in a reply, and is in no thread."""
     async with field_of() as field:
