@@ -97,6 +97,20 @@ async def test_only_allowed_inviters_are_followed(
     assert await accepted.replies(1) == ["hello"]
 
 
+@pytest.mark.dendrite
+async def test_last_of_two_inviters_counts(people: People, bot: Bot) -> None:
+    """One who may invite does so over the invitation of another one, who may not."""
+    mallory, alice = await people.user("mallory"), people.alice
+    bot.environment["MATRIX_INVITERS"] = alice.user_id
+    options = {"preset": "public_chat", "power_level_content_override": {"invite": 0}}
+    room = Room(await mallory.create_room(people.bot_id, **options), alice, people.bot_id)
+    await alice.join(room.room_id)
+    await alice.invite(room.room_id, people.bot_id)
+    await room.command("hello")
+    await bot.start()
+    assert await room.replies(1) == ["hello"]
+
+
 async def test_inviter_is_who_invited_not_who_else_is_in_the_room() -> None:
     """It counts who sent the invitation itself, also if the homeserver tells of other members."""
     mallory = "@mallory:echobot.test"
