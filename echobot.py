@@ -69,7 +69,7 @@ BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_
 # What a response must have to be a success, by its name in nio.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
-HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,4}|:[1-5]\d{4}|:6[0-4]\d{3}|:65[0-4]\d\d|:655[0-3]\d)?"
+HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[0-5]?\d{1,4}|:6[0-5]\d{3})?"
 INVITER = r"""(?=[^ ,]*[:*])[@*?[][^@;'"\s,]*"""
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
@@ -148,13 +148,13 @@ async def sync_forever(client: "Client") -> None:
     state, older = client.state, None
     while True:
         began = time.monotonic()
-        request = persist(lambda: poll(client, state.next_batch), "the sync")
+        request = persist(lambda: poll(client), "the sync")
         polling = asyncio.create_task(guarded(request))
         await asyncio.to_thread(state.save, "next_batch", state.positions())
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=60)
-        since, response = polling.result()
+        since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
         if not older:  # This is the first response.
             notify("READY=1")
@@ -169,26 +169,27 @@ async def sync_forever(client: "Client") -> None:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
 
 
-async def poll(client: "Client", since: str) -> tuple[str, JSON]:
-    """Return a position and what came after it: `since`, or "" if that is refused for a minute."""
-    # Another hold each time until one succeeds: a homeserver may repeat a failure that it cached.
+async def poll(client: "Client") -> Any:
+    """Return what came after next_batch; forget that once it is refused for a minute."""
+    since = client.state.next_batch
+    # Another hold each time until one succeeds: a failure may be cached by its parameters.
     hold = SYNC_TIMEOUT if client.is_synced else random.randrange(1, 1000)
     client.is_synced = False
     try:
-        response: Any = await client.sync(hold, sync_filter(since), since)
+        response = await client.sync(hold, sync_filter(since), since)
     except Failure as failure:
         if failure.refusal == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
         client.refused_since = min(client.refused_since, time.monotonic()) if is_refused else NEVER
-        if time.monotonic() - client.refused_since < 60:
-            raise
-        log.error("next_batch %s is refused, what came since is lost: starting from now", since)
-        return await poll(client, "")
+        if time.monotonic() - client.refused_since >= 60:
+            log.error("next_batch %s is refused, what came since is lost: starting from now", since)
+            client.state.next_batch = ""
+        raise
     now = time.monotonic()
     client.synced_for += min(now - client.synced_at, SYNC_TIMEOUT / 1000)
     client.is_synced, client.synced_at, client.refused_since = True, now, NEVER
-    return since, response
+    return response
 
 
 def sync_filter(since: str) -> JSON:
@@ -210,7 +211,9 @@ async def follow_older(client: "Client") -> None:
 
 def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     """Hand each room its part of a sync response; return the tasks that answer news."""
-    joined, invited = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
+    kinds = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
+    # With a space in it, an ID could pass for another line of next_batch.
+    joined, invited = [{i: r[i] for i in r if re.fullmatch(r"!\S+", i)} for r in kinds]
     for room_id in invited.keys() - client.invited:
         invite(client.room(room_id), invited[room_id], since)
     client.invited = set(invited)
@@ -253,7 +256,7 @@ def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
 
 
 async def answer_room(room: Room) -> None:
-    """Answer what a room has heard, until nothing is left."""
+    """Answer all that a room hears; its position stays while what is next has a gap."""
     behind = room.client.state.behind
     async with room.client.slots:
         while upto := room.upto:
@@ -272,7 +275,7 @@ async def answer_room(room: Room) -> None:
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
     done = replied(room, events) | room.answered.keys()
-    # Where an event does not tell it, it follows from the changes: before them, the opposite.
+    # Without unsigned.membership, follow the changes; before the first one, it is the opposite.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
@@ -315,7 +318,7 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.room_id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            name = f"encrypted{room.room_id}"  # Of the room: the homeserver drops a second one.
+            name = f"encrypted{room.room_id}"  # Of the room: a second one is dropped for a time.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = event["content"].get("formatted_body"), event["content"].get("format")
             source = {**event, "room_id": room.room_id}
@@ -349,10 +352,14 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did and only its answer was lost."""
     if room.sending == tx_id:
-        with suppress(Failure):
+        try:
             page: Any = await room.client.room_messages(room.room_id, "", limit=100)
-            if content["echobot.answers"] in replied(room, by_id(page, "chunk")):
-                return page
+        except Failure as failure:
+            if not failure.refusal:
+                raise
+            page = None
+        if content["echobot.answers"] in replied(room, by_id(page, "chunk")):
+            return page
     room.sending = tx_id
     return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
 
@@ -387,19 +394,18 @@ async def known_at(room: Room, position: str) -> list[str]:
     """Return the newest event IDs at a position, newest first; none if not in the room then."""
     if not position:
         return []
-    # One alone first: Synapse fills up a page from other homeservers, with what seems old.
+    # One alone first: reading 100 makes Synapse backfill, and late events then seem old.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
     member = {i for i in newest if part(newest[i], str, "unsigned", "membership") in ("", "join")}
-    # What it did so before is in there: trust only the oldest event with a reply, and older.
-    ends = replied(room, page) & page.keys() or member
-    ids = list(page)
-    found = [n for n, event_id in enumerate(ids) if event_id in ends]
-    return ids[found[-1] :] if found else []
+    # Earlier backfills may be in there: trust only the oldest answered event, and older.
+    trusted = replied(room, page) & page.keys() or member
+    oldest = max((n for n, event_id in enumerate(page) if event_id in trusted), default=len(page))
+    return list(page)[oldest:]
 
 
 def beginnings(room: Room, page: Events) -> set[str]:
-    """Return the IDs of what only history precedes: invitations, and what has a reply."""
+    """Return the IDs to stop at: invitations, events while out, and what has a reply."""
     out = {i for i in page if part(page[i], str, "unsigned", "membership") == "leave"}
     invited = {i for i in page if own_membership(room, page[i]) == "invite"}
     return out | invited | replied(room, page)
@@ -434,7 +440,7 @@ async def accept(room: Room, invited: JSON) -> None:
     room.failing_since = NEVER
     inviter = "nobody"
     for event in part(invited, list, "invite_state", "events"):
-        match event:  # Others are whatever the inviter's homeserver claims.
+        match event:  # The last is of the bot's homeserver; others may be lies.
             case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
                 inviter = sender
     async with client.join_slots:
@@ -577,11 +583,11 @@ class Client(AsyncClient):
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode(errors="replace"))
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
-        is_page = key == "chunk" and key in part(content, dict)  # It may be empty, or null.
+        is_page = key == "chunk" and key in part(content, dict)  # may be empty, or null
         is_complete = not key or part(content, str, key) or is_page
-        if response.status == 200 and isinstance(content, dict) and is_complete:
-            return content
         status = response.status
+        if status == 200 and isinstance(content, dict) and is_complete:
+            return content
         raise Failure(f"HTTP {status}", status, content, response.headers)
 
 

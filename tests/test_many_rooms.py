@@ -103,3 +103,24 @@ async def test_events_are_not_remembered_for_ever() -> None:
             used.append(psutil.Process(field.bot.process.pid).memory_info().rss / 1e6)
     # 40 times 75 events: their IDs are 30 MB.
     assert used[-1] - used[20] < 12
+
+
+async def test_room_that_hangs_is_no_memory_leak() -> None:
+    """What is said in a room whose reply hangs, 60 MB here, is read again when it is due."""
+    async with field_of() as field:
+        room, other = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        assert field.bot.process is not None
+        process, until = psutil.Process(field.bot.process.pid), asyncio.Event()
+        with field.proxy.inject(faults.hold(until.wait), SEND, times=1) as hanging:
+            room.command("first")
+            await hanging.happens()
+            before = process.memory_info().rss / 1e6
+            for n in range(30):
+                room.say(*["x" * 20_000] * 100)
+                other.command(n)
+                await other.answers(*range(n + 1))
+            assert process.memory_info().rss / 1e6 - before < 50
+            room.command("last")
+            until.set()
+        await room.answers("first", "last")

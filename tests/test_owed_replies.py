@@ -1,11 +1,14 @@
 """What a room still owes costs only itself, and no crash loses or doubles any of it."""
 
+import asyncio
 import re
+from typing import Any
 
 import pytest
 import support.proxy as faults
+from aiohttp import web
 from support.bot import eventually
-from support.proxy import MESSAGES, SEND
+from support.proxy import JOIN, MESSAGES, SEND, SYNC, Proxy
 from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
@@ -127,6 +130,61 @@ async def test_kicked_and_invited_again_in_one_downtime(manners: Manners, is_lim
         await room.answers(*first, *last)
         room.command("after")
         await room.answers(*first, *last, "after")
+
+
+@families
+async def test_invited_again_while_a_reply_is_sent(manners: Manners) -> None:
+    """What is said before the join counts, though the room had a reply to wait for in between."""
+    sent, may_join = asyncio.Event(), asyncio.Event()
+
+    async def late(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        answer = await proxy.forward(request)
+        await sent.wait()
+        return answer
+
+    async with field_of(manners, timeline_limit=5) as field:
+        room, other = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        with (
+            field.proxy.inject(late, of(room, SEND), times=1) as sending,
+            field.proxy.inject(faults.hold(may_join.wait), of(room, JOIN), times=1) as joining,
+        ):
+            room.command("first")
+            await sending.happens()
+            await room.answers("first")
+            room.set_membership("leave", ALICE)
+            room.set_membership("invite", ALICE)
+            await joining.happens()
+            room.command(*range(3))
+            sent.set()
+            await field.bot.logs(f" in {room.room_id}")
+            other.command("hello")
+            await other.answers("hello")
+            room.command(*range(3, 5))
+            may_join.set()
+            await room.answers("first", *range(5))
+
+
+async def test_room_ids_cannot_forge_what_is_saved() -> None:
+    """An invitation to a room whose ID has lines in it is passed over, and saves no line."""
+    async with field_of() as field:
+        room = field.server.room()
+        forged = f"!a:b\n{room.room_id} s999"
+
+        def invite(answer: Any) -> Any:
+            answer["rooms"].setdefault("invite", {})[forged] = {"invite_state": {"events": []}}
+            return answer
+
+        await field.bot.run()
+        with field.proxy.inject(faults.rewrite(invite), SYNC) as forging:
+            room.command("first", "second")
+            await room.answers("first", "second")
+            await forging.happens()
+            await is_past(field, field.server.position)
+            assert field.bot.saved[1:] == []
+        assert "s999" not in field.bot.log
+        room.command("third")
+        await room.answers("first", "second", "third")
 
 
 @families

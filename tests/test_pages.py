@@ -105,6 +105,49 @@ async def hidden_history_costs_little(manners: Manners) -> None:
         await room.answers(*range(15), "after")
 
 
+async def test_timeline_that_no_page_has_is_no_hole_for_ever() -> None:
+    """If it has only what an ignored user says, what precedes it is read in the end."""
+    async with field_of(CONDUIT, speed=10) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(3))
+        for _ in range(20):
+            room.add("m.room.message", IGNORED, {"msgtype": "m.text", "body": "!replybot me"})
+        await field.bot.start()
+        await room.answers(*range(3))
+
+
+async def test_reading_ends_where_only_history_precedes() -> None:
+    """After 2,000 messages: at the invitation, a join without one, or the last that has a reply."""
+    kinds = {"invitation": DENDRITE, "join": SYNAPSE, "reply": SYNAPSE}
+    await together(*(history_is_left(kind, manners) for kind, manners in kinds.items()))
+
+
+async def history_is_left(kind: str, manners: Manners) -> None:
+    """Assert that it takes few pages and no old command is answered."""
+    async with field_of(manners, timeline_limit=10) as field:
+        room = field.server.room("join" if kind == "reply" else "leave")
+        room.command("old")
+        room.say(*["old"] * 1999)
+        await field.bot.run()
+        answered = ["known"] if kind == "reply" else []
+        room.command(*answered)
+        await room.answers(*answered)
+        next_batch = field.bot.next_batch
+        await field.bot.kill()
+        if kind == "reply":  # The homeserver does not know the position any more.
+            (field.bot.state / "next_batch").write_text(f"{next_batch}\n{room.room_id} garbage\n")
+        else:
+            room.set_membership("invite" if kind == "invitation" else "join", ALICE)
+        room.command(*range(12))
+        await field.bot.start()
+        await room.answers(*answered, *range(12))
+        room.command("after")
+        await room.answers(*answered, *range(12), "after")
+        assert 0 < field.proxy.count(MESSAGES) <= 10
+
+
 async def test_gap_takes_few_requests() -> None:
     """A hundred events a page and a few more: 1,000 messages, some commands, take up to 15."""
     await together(*(gap_takes_few_requests(each) for each in (SYNAPSE, DENDRITE, CONDUIT)))
