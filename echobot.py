@@ -58,7 +58,7 @@ COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
 INTERVAL = 0.5  # s between polls without news, and that a poll may wait for replies
-MAX_DELAY = 60  # s between two attempts; twice that if told so
+MAX_DELAY = 60  # s between two attempts
 TIME_LIMIT = 60  # s for an attempt, doubled when it is too short, up to PATIENCE
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
@@ -89,13 +89,13 @@ async def reply_to(event: RoomMessageText) -> str | JSON | None:
     if not event.body.startswith(COMMAND):
         return None
     text = event.body
-    while COMMAND in text:  # Nested ones too: so two such bots never answer each other.
+    while COMMAND in text:  # Nested ones too, so that no reply starts a loop.
         text = text.replace(COMMAND, "")
     return text.strip() or f"Usage: {COMMAND} text to repeat"
 
 
 async def main() -> None:
-    """Log in and answer commands until a signal comes."""
+    """Log in and answer until a signal comes."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, 0, "stopped")
@@ -204,7 +204,7 @@ def sync_filter(since: str) -> JSON:
 
 
 async def follow_older(client: "Client") -> None:
-    """Follow the invitations from before the saved position, which no other sync tells."""
+    """Follow the invitations from before the saved position."""
     what, hold = "the sync for older invitations", random.randrange(1, 1000)
     hand_out(client, await persist(lambda: client.sync(hold, sync_filter("")), what), "")
 
@@ -351,17 +351,21 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did and only its answer was lost."""
-    if room.sending == tx_id:
-        try:
-            page: Any = await room.client.room_messages(room.room_id, "", limit=100)
-        except Failure as failure:
-            if not failure.refusal:
-                raise
-            page = None
-        if content["echobot.answers"] in replied(room, by_id(page, "chunk")):
-            return page
+    if room.sending == tx_id and await is_sent(room, content["echobot.answers"]):
+        return True
     room.sending = tx_id
     return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
+
+
+async def is_sent(room: Room, event_id: str) -> bool:
+    """Tell whether a reply to an event is among the newest messages."""
+    try:
+        page: Any = await room.client.room_messages(room.room_id, "", limit=100)
+    except Failure as failure:
+        if not failure.refusal:
+            raise
+        return False
+    return event_id in replied(room, by_id(page, "chunk"))
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
@@ -549,7 +553,7 @@ class Client(AsyncClient):
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
     def room(self, room_id: str) -> Room:
-        """Return a room, and what is remembered of it."""
+        """Return a room."""
         return self.known_rooms.setdefault(room_id, Room(self, room_id))
 
     def use(self, homeserver: str) -> None:
