@@ -66,7 +66,7 @@ MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files m
 MAX_REMEMBERED = 1000  # event IDs of a room
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
-# What a response must have to be a success, by its name in nio.
+# What a response must have to be a success, by its nio name.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[0-5]?\d{1,4}|:6[0-5]\d{3})?"
