@@ -479,11 +479,11 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             return None
         if str(failure) != cause:
             cause = str(failure)
-            log.log(failure.level, "Trouble with %s: %s; trying again", what, cause)
-        if time.monotonic() - began > 5:
-            delay = 0.25  # The request itself took long.
-        # Jitter on top of what is told, or all rooms that were told it would ask at once.
-        await asyncio.sleep(failure.retry_after + delay * random.uniform(0.5, 1))
+            level = logging.INFO if failure.status == 429 else logging.WARNING
+            log.log(level, "Trouble with %s: %s; trying again", what, cause)
+        if time.monotonic() - began > 5:  # The request itself took long.
+            delay = 0.25
+        await asyncio.sleep(failure.retry_after + delay * random.uniform(0.5, 1))  # not all at once
         delay = min(2 * delay, MAX_DELAY)
     if room:
         room.failing_since = NEVER
@@ -504,33 +504,38 @@ def gives_up(room: Room, failure: "Failure") -> bool:
 
 
 class Failure(Exception):
-    """A request that failed; its text says why, and quotes no message.
+    """A request that failed; its text says why, and quotes no message."""
 
-    status: of HTTP; refusal: the same if the homeserver says no, 0 if it is only out of order;
-    is_awaited: it is a limit, or a person has to mend the account; retry_after: s, as told.
-    """
+    status, refusal = 0, 0  # HTTP; the same if it is the homeserver that says no
+    is_awaited = False  # It is a limit, or a person has to mend the account.
+    retry_after = 0.0  # s, as told
 
-    def __init__(
-        self, cause: str, status: int = 0, content: Any = None, headers: Any = None
-    ) -> None:
-        errcode, error = part(content, str, "errcode"), part(content, str, "error")
-        cause += f" {errcode} ({error[:200]})" if errcode else ""
-        super().__init__("".join(c if c.isprintable() else " " for c in cause))
-        self.status = status
-        self.level = logging.INFO if status == 429 else logging.WARNING
-        self.is_awaited = status == 429 or (status in (401, 403) and errcode in BLOCKED)
-        # What stands before a homeserver has no errcode.
-        is_refused = errcode and 400 <= status < 500 and not self.is_awaited
-        self.refusal = status if is_refused else 0
-        headers = headers or {}
-        told = headers.get("Retry-After", "")
-        seconds = min(part(content, int, "retry_after_ms"), 10**6) / 1000
-        with suppress(ValueError):
-            seconds = seconds or float(told)
-        with suppress(ValueError, TypeError):  # A date, by the server's clock: ours may be wrong.
-            until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
-            seconds = (until - now).total_seconds()
-        self.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
+
+def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
+    """Return what an answer that is no success says, in the homeserver's own words."""
+    status = response.status
+    errcode, error = part(content, str, "errcode"), part(content, str, "error")
+    cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
+    failure = Failure("".join(c if c.isprintable() else " " for c in cause))
+    failure.status = status
+    if status == 429 or (status in (401, 403) and errcode in BLOCKED):
+        failure.is_awaited = True
+    elif errcode and 400 <= status < 500:  # What stands before a homeserver has no errcode.
+        failure.refusal = status
+    failure.retry_after = seconds_told(content, response.headers)
+    return failure
+
+
+def seconds_told(content: Any, headers: Any) -> float:
+    """Return how long to wait, by JSON, or by Retry-After as a number or a date (RFC 9110)."""
+    told = headers.get("Retry-After", "")
+    seconds: float = min(part(content, int, "retry_after_ms"), 10**6) / 1000
+    with suppress(ValueError):
+        seconds = seconds or float(told)
+    with suppress(ValueError, TypeError):  # by the server's clock: ours may be wrong
+        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
+        seconds = (until - now).total_seconds()
+    return max(0, min(seconds, 2 * MAX_DELAY))
 
 
 class Client(AsyncClient):
@@ -589,10 +594,9 @@ class Client(AsyncClient):
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
         is_page = key == "chunk" and key in part(content, dict)  # may be empty, or null
         is_complete = not key or part(content, str, key) or is_page
-        status = response.status
-        if status == 200 and isinstance(content, dict) and is_complete:
+        if response.status == 200 and isinstance(content, dict) and is_complete:
             return content
-        raise Failure(f"HTTP {status}", status, content, response.headers)
+        raise failure_of(response, content)
 
 
 async def discover(client: Client) -> str:
