@@ -245,7 +245,7 @@ class Room:
 def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
     """Have a room answer what came between two positions; return its task if that is news."""
     events = by_id(timeline, "events")
-    is_new = not events.keys() <= room.events.keys() | room.answered.keys()
+    is_new = any(i not in room.events and i not in room.answered for i in events)
     room.client.state.behind.setdefault(room.room_id, since)
     is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
     room.events = events if is_limited else room.events | events
