@@ -63,7 +63,7 @@ TIME_LIMIT = 60  # s for an attempt, doubled when it is too short, up to PATIENC
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
-MAX_REMEMBERED = 1000  # event IDs of a room
+MAX_REMEMBERED = 1000  # event IDs of a room, or twice as many
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a response must have to be a success, by its nio name.
@@ -274,22 +274,23 @@ async def answer_room(room: Room) -> None:
 
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
-    done = replied(room, events) | room.answered.keys()
+    room.answered |= dict.fromkeys(replied(room, events))
     # Without unsigned.membership, follow the changes; before the first one, it is the opposite.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
         membership = own_membership(room, event) or membership
         at_event = part(event, str, "unsigned", "membership") or membership
-        room.answered[event_id] = None
         try:
-            if event_id not in done and at_event in ("invite", "join"):
+            if event_id not in room.answered and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises.
             # Without its text, which may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.room_id, frames)
-    room.answered = dict.fromkeys(list(room.answered)[-MAX_REMEMBERED:])
+        room.answered[event_id] = None
+    if len(room.answered) > 2 * MAX_REMEMBERED:
+        room.answered = dict.fromkeys(list(room.answered)[-MAX_REMEMBERED:])
 
 
 def replied(room: Room, events: Events) -> set[str]:
@@ -300,10 +301,11 @@ def replied(room: Room, events: Events) -> set[str]:
 
 def own_membership(room: Room, event: Any) -> str:
     """Return the membership that an event gives the bot, "" if none or the same as before."""
+    if part(event, str, "type") != "m.room.member" or event.get("state_key") != room.client.user_id:
+        return ""
     before = part(event, str, "unsigned", "prev_content", "membership")
     now = part(event, str, "content", "membership")
-    is_change = part(event, str, "type") == "m.room.member" and now != before
-    return str(now) if is_change and event.get("state_key") == room.client.user_id else ""
+    return str(now) if now != before else ""
 
 
 async def answer(room: Room, event_id: str, event: JSON) -> None:
@@ -382,7 +384,9 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         await asyncio.sleep(min(stalled / 4, 1))
         if is_hole and stalled < 9:
             continue
-        position, read, seen = before, read | page, seen | page.keys()
+        position = before
+        read |= page
+        seen |= page.keys()
         if known:
             is_end = known[-1] in page
         else:
