@@ -63,7 +63,7 @@ TIME_LIMIT = 60  # s for an attempt, doubled when it is too short, up to PATIENC
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
-MAX_REMEMBERED = 1000  # event IDs of a room, or twice as many
+MAX_REMEMBERED = 1000  # event IDs of a room, or 100 more
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a response must have to be a success, by its nio name.
@@ -289,7 +289,7 @@ async def answer_events(room: Room, events: Events) -> None:
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.room_id, frames)
         room.answered[event_id] = None
-    if len(room.answered) > 2 * MAX_REMEMBERED:
+    if len(room.answered) > MAX_REMEMBERED + 100:
         room.answered = dict.fromkeys(list(room.answered)[-MAX_REMEMBERED:])
 
 
