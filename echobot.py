@@ -46,7 +46,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.request import getproxies, proxy_bypass
@@ -69,7 +68,8 @@ BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_
 # What a response must have to be a success, by its nio name.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
-HOST = r"([\w.-]+|\[[\da-fA-F:.]+\])(:[0-5]?\d{1,4}|:6[0-5]\d{3})?"
+PORT = r":([0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+HOST = rf"([\w.-]+|\[[\da-fA-F:.]+\])({PORT})?"
 INVITER = r"""(?=[^ ,]*[:*])[@*?[][^@;'"\s,]*"""
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
@@ -387,13 +387,12 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         position = before
         read |= page
         seen |= page.keys()
-        if known:
-            is_end = known[-1] in page
-        else:
-            ends |= beginnings(room, page)
-            is_end = not page or not ends.isdisjoint(read)
-        if is_end:
+        if known and known[-1] in page:
             break
+        if not known:
+            ends |= beginnings(room, page)
+            if not page or not ends.isdisjoint(read):
+                break
     oldest = max((n for n, event_id in enumerate(read) if event_id in ends), default=len(read))
     return {i: read[i] for i in list(read)[oldest::-1] if i not in known}
 
@@ -422,9 +421,12 @@ def beginnings(room: Room, page: Events) -> set[str]:
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
     """Return events before a position, newest first, and the position before them."""
     # Dendrite alone heeds a limit in the filter; it loses events where its pages meet.
-    wanted = {"limit": limit, "message_filter": {"limit": 1000} if limit > 1 else None}
-    request = partial(room.client.room_messages, room.room_id, start, **wanted)
-    page = await persist(request, f"reading {room.room_id}", room)
+    only = {"limit": 1000} if limit > 1 else None
+    page = await persist(
+        lambda: room.client.room_messages(room.room_id, start, limit=limit, message_filter=only),
+        f"reading {room.room_id}",
+        room,
+    )
     return by_id(page, "chunk"), part(page, str, "end")
 
 
@@ -562,7 +564,7 @@ class Client(AsyncClient):
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
     def room(self, room_id: str) -> Room:
-        """Return a room."""
+        """Return a room, the same each time."""
         return self.known_rooms.setdefault(room_id, Room(self, room_id))
 
     def use(self, homeserver: str) -> None:
