@@ -42,6 +42,7 @@ UNUSABLE = {
         "@bot:echobot .test",
         "@the bot:echobot.test",
         "@bot:echobot.test:port",
+        "@bot:echobot.test:65536",
         "@bot:https://echobot.test",
         "https://matrix.to/#/@bot:echobot.test",
         "@bot\udcff:echobot.test",
@@ -53,6 +54,7 @@ UNUSABLE = {
         "https://[::1",
         "http://127.0.0.1:port",
         "http://127.0.0.1:99999",
+        "http://127.0.0.1:65536",
         "http://127.0.0.1:66000",
         "'http://127.0.0.1:9'",
         "http://127.0.0.1:9?access_token=ssword",
@@ -81,6 +83,7 @@ UNUSABLE = {
         "http://",
         "http://bot:ssword@",
         "127.0.0.1:port",
+        "127.0.0.1:65600",
         "127.0.0.1:66000",
         "http://bot:ssword@[::1:3128",
         "bot:ssword@no proxy",
@@ -91,76 +94,44 @@ UNUSABLE = {
     "all_proxy": ["socks4://127.0.0.1:1080"],
 }
 
-# Runs a script in a process of its own for each environment, but imports what takes long once.
-RUNS = """
-import json, os, runpy, signal, sys
-import aiohttp, nio
-del sys.argv[0]
-for environment in json.load(sys.stdin):
-    here, there = os.pipe()
-    if not (child := os.fork()):
-        os.dup2(there, 1)
-        os.dup2(there, 2)
-        signal.alarm(20)
-        os.environ.update(environment)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        os._exit(99)
-    os.close(there)
-    with open(here, errors="replace") as output:
-        text = output.read()
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text]))
-"""
+
+async def refusal(**environment: str) -> str:
+    """Assert that with this environment it ends with 78 and one line; return that line."""
+    async with new_bot(NOWHERE) as bot:
+        bot.environment |= environment
+        status, line = await (await bot.start()).refused()
+        assert (status, bot.log) == (78, f"{line}\n"), environment
+        return line
 
 
-def refusals(directory: Path, *environments: dict[str, str]) -> list[str]:
-    """Assert that with each environment it ends with 78 and one line; return these lines."""
-    usual = {
-        "MATRIX_HOMESERVER": NOWHERE,
-        "MATRIX_USER": "@bot:echobot.test",
-        "MATRIX_PASSWORD": "password",
-        "STATE_DIRECTORY": str(directory),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", RUNS, str(ECHOBOT)],
-        input=json.dumps([{**usual, **environment} for environment in environments]),
-        env={},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    results = [json.loads(line) for line in run.stdout.splitlines()]
-    for environment, (status, output) in zip(environments, results, strict=True):
-        assert status == 78, (environment, output)
-        assert output.startswith("echobot: "), (environment, output)
-        assert output.count("\n") == 1, (environment, output)
-    return [output for _, output in results]
-
-
-def test_unusable_value_is_refused_with_78(tmp_path: Path) -> None:
+async def test_unusable_value_is_refused_with_78() -> None:
     """Waiting would not mend it; the one line has the variable's name, and never a password."""
-    cases = [(name, value) for name, values in UNUSABLE.items() for value in values]
-    lines = refusals(tmp_path, *({name: value} for name, value in cases))
-    for (name, value), line in zip(cases, lines, strict=True):
+
+    async def is_refused(name: str, value: str) -> None:
+        line = await refusal(**{name: value})
         # Names of proxies are in use in both cases.
         assert name.lower() in line.lower(), (value, line)
         assert "ssword" not in line.replace("MATRIX_PASSWORD", "")
         # What people have in mind is the name before the @.
         assert name != "MATRIX_USER" or "\udcff" in value or "@bot:example.org" in line
 
+    for name, values in UNUSABLE.items():
+        await together(*(is_refused(name, value) for value in values))
 
-def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
+
+async def test_all_that_is_missing_is_named_at_once() -> None:
     """An empty variable counts as missing; what can be set instead of the password is named too."""
     user, secret = {"MATRIX_USER": ""}, {"MATRIX_PASSWORD": ""}
-    no_user, no_secret, nothing = refusals(tmp_path, user, secret, {**user, **secret})
-    for line in (no_user, nothing):
+    for line in (await refusal(**user), await refusal(**user, **secret)):
         assert "MATRIX_USER" in line
-    for line in (no_secret, nothing):
+    for line in (await refusal(**secret), await refusal(**user, **secret)):
         assert "MATRIX_PASSWORD" in line
         assert "MATRIX_ACCESS_TOKEN" in line
 
 
 VALID = {
     "@bot:echobot.test:8448": "echobot.test:443",
+    "@bot:echobot.test:65535": "echobot.test:443",
     "@bot:127.0.0.1:8448": "127.0.0.1:443",
     "@bot:[::1]": "::1:443",
     "@bot:[2001:db8::1]:8448": "2001:db8::1:443",
