@@ -260,6 +260,13 @@ class Feeder(Scripted):
             return math.inf, math.inf
         return self.replies_at[0] - self.told_at[0], self.replies_at[-1] - self.told_at[0]
 
+    async def serve(self, script: Path, messages: int, peak: float) -> tuple[float, float]:
+        """Feed a bot of its own; return the s until the last reply, and the most memory so far."""
+        async with AsyncExitStack() as stack:
+            await self.run(stack, script)
+            _, seconds = await self.feed(messages)
+            return seconds, max(peak, self.peak)
+
     def say(self) -> None:
         """Say what the next response has."""
         for n in range(self.unsaid, max(0, self.unsaid - self.at_once), -1):
@@ -372,12 +379,10 @@ async def many_rooms(stack: AsyncExitStack, scripts: Scripts) -> list[Row]:
     connections, peaks = dict.fromkeys(scripts, 0.0), dict.fromkeys(scripts, 0.0)
 
     async def sample(column: str) -> float:
-        async with AsyncExitStack() as stack:
-            homeserver = await Feeder(MANY_ROOMS, MANY_ROOMS).run(stack, scripts[column])
-            _, seconds = await homeserver.feed(MANY_ROOMS)
-            connections[column] = max(connections[column], len(homeserver.connections))
-            peaks[column] = max(peaks[column], homeserver.peak)
-            return seconds
+        homeserver = Feeder(MANY_ROOMS, MANY_ROOMS)
+        seconds, peaks[column] = await homeserver.serve(scripts[column], MANY_ROOMS, peaks[column])
+        connections[column] = max(connections[column], len(homeserver.connections))
+        return seconds
 
     seconds = await medians(scripts, 3, sample)
     return [
@@ -393,15 +398,12 @@ async def gap(stack: AsyncExitStack, scripts: Scripts) -> list[Row]:
     peaks, pages = dict.fromkeys(scripts, 0.0), dict.fromkeys(bots(scripts), 0.0)
 
     async def sample(column: str) -> float:
-        async with AsyncExitStack() as stack:
-            # The floor reads no pages: it gets the same in as many responses.
-            shape = (10, 100, 100) if column == FLOOR else (1, GAP, 100)
-            homeserver = await Feeder(*shape).run(stack, scripts[column])
-            _, seconds = await homeserver.feed(GAP)
-            peaks[column] = max(peaks[column], homeserver.peak)
-            if column in pages:
-                pages[column] = max(pages[column], homeserver.pages)
-            return seconds
+        # The floor reads no pages: it gets the same in as many responses.
+        homeserver = Feeder(10, 100, 100) if column == FLOOR else Feeder(1, GAP, 100)
+        seconds, peaks[column] = await homeserver.serve(scripts[column], GAP, peaks[column])
+        if column in pages:
+            pages[column] = max(pages[column], homeserver.pages)
+        return seconds
 
     seconds = await medians(scripts, 3, sample)
     return [
