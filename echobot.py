@@ -30,7 +30,6 @@ Exit status: 0 stopped, 1 bug, 2 usage, 75 another copy runs, 77 credentials ref
 
 import asyncio
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -41,6 +40,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -62,7 +62,7 @@ TIME_LIMIT = 60  # s for an attempt, doubled when it is too short, up to PATIENC
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
-MAX_REMEMBERED = 1000  # event IDs of a room, or 100 more
+MAX_REMEMBERED = 1000  # event IDs of a room
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a response must have to be a success, by its nio name.
@@ -156,7 +156,7 @@ async def sync_forever(client: "Client") -> None:
             await asyncio.wait([polling], timeout=60)
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
-        if not older:  # This is the first response.
+        if not older:  # This is the first response: up to it, all replies can be seen.
             notify("READY=1")
             for room_id, position in state.behind.items():
                 hear(client.room(room_id), {"limited": True}, position, state.next_batch)
@@ -195,11 +195,10 @@ async def poll(client: "Client") -> Any:
 def sync_filter(since: str) -> JSON:
     """Return what is wanted of a sync: timelines, or without a position only invitations."""
     nothing: JSON = {"types": []}
-    room = dict.fromkeys(["timeline", "state", "ephemeral", "account_data"], nothing)
-    if since:
-        room["timeline"] = {"limit": 1000}  # of all types, or Dendrite changes the order
-        # Without this Synapse leaves out a room that it has joined only in part.
-        room["state"] = {**nothing, "lazy_load_members": True}
+    timeline = {"limit": 1000} if since else nothing  # of all types, or Dendrite changes the order
+    # Without this Synapse leaves out a room that it has joined only in part.
+    state = {**nothing, "lazy_load_members": True} if since else nothing
+    room = {"timeline": timeline, "state": state, "ephemeral": nothing, "account_data": nothing}
     return {"room": room, "presence": nothing, "account_data": nothing}
 
 
@@ -220,7 +219,7 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
     upto = response["next_batch"]
-    heard = [hear(client.room(i), part(joined[i], dict, "timeline"), since, upto) for i in joined]
+    heard = [hear(client.room(i), part(joined, dict, i, "timeline"), since, upto) for i in joined]
     return [task for task in heard if task]
 
 
@@ -230,16 +229,17 @@ class Room:
     If that `has_gap`, more has to be read back, from the room's position in State.behind on.
     """
 
+    upto, has_gap = "", False
+    answering: Task | None = None
+    joining: Task | None = None
+    sending = ""  # the last transaction ID
+    failing_since = NEVER  # a value of Client.synced_for
+    has_notice = False  # that it is encrypted
+
     def __init__(self, client: "Client", room_id: str) -> None:
-        self.client, self.room_id = client, room_id
-        self.events, self.upto, self.has_gap = Events(), "", False
-        self.awaits_timeline = False  # since an invitation
-        self.answering: Task | None = None
-        self.joining: Task | None = None
-        self.answered: dict[str, None] = {}  # event IDs: later timelines may repeat them
-        self.sending = ""  # the last transaction ID
-        self.failing_since = NEVER  # a value of Client.synced_for
-        self.has_notice = False  # that it is encrypted
+        self.client, self.room_id, self.events = client, room_id, Events()
+        # The last event IDs: later timelines may repeat them.
+        self.answered = deque[str](maxlen=MAX_REMEMBERED)
 
 
 def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
@@ -249,8 +249,8 @@ def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
     room.client.state.behind.setdefault(room.room_id, since)
     is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
     room.events = events if is_limited else room.events | events
-    room.has_gap = room.has_gap or is_limited or room.awaits_timeline
-    room.upto, room.awaits_timeline = upto, False
+    room.has_gap = room.has_gap or is_limited
+    room.upto = upto
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
 
@@ -265,16 +265,16 @@ async def answer_room(room: Room) -> None:
             if has_gap:
                 events = await read_back(room, behind[room.room_id], upto, events)
             await answer_events(room, events)
-            if not room.has_gap and not room.awaits_timeline:
+            if not room.has_gap:
                 behind[room.room_id] = upto
         room.answering = None
-        if not room.awaits_timeline:
+        if not room.has_gap:
             del behind[room.room_id]
 
 
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
-    room.answered |= dict.fromkeys(replied(room, events))
+    done = replied(room, events).union(room.answered)
     # Without unsigned.membership, follow the changes; before the first one, it is the opposite.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
@@ -282,15 +282,13 @@ async def answer_events(room: Room, events: Events) -> None:
         membership = own_membership(room, event) or membership
         at_event = part(event, str, "unsigned", "membership") or membership
         try:
-            if event_id not in room.answered and at_event in ("invite", "join"):
+            if event_id not in done and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises.
             # Without its text, which may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.room_id, frames)
-        room.answered[event_id] = None
-    if len(room.answered) > MAX_REMEMBERED + 100:
-        room.answered = dict.fromkeys(list(room.answered)[-MAX_REMEMBERED:])
+        room.answered.append(event_id)
 
 
 def replied(room: Room, events: Events) -> set[str]:
@@ -320,15 +318,14 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.room_id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            name = f"encrypted{room.room_id}"  # Of the room: a second one is dropped for a time.
+            name = room.room_id  # A second one is dropped for a time.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = event["content"].get("formatted_body"), event["content"].get("format")
             source = {**event, "room_id": room.room_id}
             content = await reply_content(RoomMessageText(source, body, *style))
     if content:
         content["echobot.answers"] = event_id
-        # Safe in any URL, which an event ID of an old room is not.
-        tx_id = hashlib.sha256(name.encode(errors="replace")).hexdigest()
+        tx_id = name.encode(errors="replace").hex()  # safe in any URL
         what = f"the reply to {event_id} in {room.room_id}"
         if await persist(lambda: send(room, content, tx_id), what, room):
             log.info("Answered %s in %s", event_id, room.room_id)
@@ -353,48 +350,36 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did and only its answer was lost."""
-    if room.sending == tx_id and await is_sent(room, content["echobot.answers"]):
-        return True
+    if room.sending == tx_id:
+        page: Any = await room.client.room_messages(room.room_id, limit=100)
+        if content["echobot.answers"] in replied(room, by_id(page, "chunk")):
+            return True
     room.sending = tx_id
     return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
-
-
-async def is_sent(room: Room, event_id: str) -> bool:
-    """Tell whether a reply to an event is among the newest messages."""
-    try:
-        page: Any = await room.client.room_messages(room.room_id, "", limit=100)
-    except Failure as failure:
-        if not failure.refusal:
-            raise
-        return False
-    return event_id in replied(room, by_id(page, "chunk"))
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
     """Return what came between two positions, oldest first, wherever its place in the room is."""
     known = await known_at(room, since)
     ends = set(known)  # All of it: what comes late from other homeservers has its place in there.
-    read, position = Events(reversed(timeline.items())), upto  # newest first
-    seen, stalled = set[str](), 0
+    read, position, stalled = Events(), upto, 0  # newest first
     while position and stalled < 100:
         page, before = await read_page(room, position, 100)
         # A homeserver's worker that lags leaves a hole before the timeline.
-        is_hole = position == upto and timeline and not page.keys() & timeline.keys()
-        stalled = stalled + 1 if is_hole or page.keys() <= seen else 0
+        is_hole = not read and timeline and not page.keys() & timeline.keys()
+        stalled = stalled + 1 if is_hole or page.keys() <= read.keys() else 0
         await asyncio.sleep(min(stalled / 4, 1))
         if is_hole and stalled < 9:
             continue
         position = before
         read |= page
-        seen |= page.keys()
-        if known and known[-1] in page:
-            break
         if not known:
             ends |= beginnings(room, page)
-            if not page or not ends.isdisjoint(read):
-                break
+        if page.keys() & (known[-1:] or ends) or not (known or page):
+            break
     oldest = max((n for n, event_id in enumerate(read) if event_id in ends), default=len(read))
-    return {i: read[i] for i in list(read)[oldest::-1] if i not in known}
+    not_read = {i: event for i, event in timeline.items() if i not in read}
+    return {i: read[i] for i in list(read)[oldest::-1] if i not in known} | not_read
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -440,7 +425,7 @@ def invite(room: Room, invited: JSON, since: str) -> None:
     if room.joining:
         room.joining.cancel()
     room.client.state.behind.setdefault(room.room_id, since)
-    room.awaits_timeline = True
+    room.has_gap = True  # Its first timeline may not reach back to the invitation.
     room.joining = asyncio.create_task(guarded(accept(room, invited)))
 
 
@@ -461,7 +446,7 @@ async def accept(room: Room, invited: JSON) -> None:
             log.info("Joined %s, invited by %s", room_id, inviter)
             client.invited.discard(room_id)  # The next one is new.
             return
-    room.awaits_timeline = False
+    room.has_gap = False
     if not room.answering:
         client.state.behind.pop(room_id, None)
 

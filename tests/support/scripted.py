@@ -173,7 +173,7 @@ class Room:
         """Wait for as many replies as texts; assert that they are these, in order, each once."""
         count = len(texts)
         await eventually(lambda: len(self.replies) >= count, seconds, f"{count} replies")
-        assert self.replies == [str(text) for text in texts]
+        assert self.replies == [str(text) for text in texts], self.replies
 
 
 class Scripted:
