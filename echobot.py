@@ -13,10 +13,10 @@ rewrite one function: `reply_to`. Four rules keep the promise:
 1. Save what is done, after every sync: next_batch, and for each room that still owes replies the
    position to read it from again. So a slow room costs only itself, and a stop needs no care.
 2. A reply names what it answers. Before anything is answered, or sent again, the bot's own
-   messages tell what has a reply already.
+   messages tell what has a reply.
 3. Read back what was left out, to what was known before or to the bot's own invitation.
-4. Persist. One loop repeats every request until it succeeds, is refused for good, or fails for
-   long in a room while syncs succeed. A bug is shown, and costs one event.
+4. Persist. One loop repeats every request until it succeeds, is refused for good, or its room has
+   failed for long while syncs succeeded. A bug is shown, and costs one event.
 
 Environment:
     MATRIX_USER        the full user ID; and MATRIX_PASSWORD, or MATRIX_ACCESS_TOKEN instead
@@ -62,7 +62,7 @@ TIME_LIMIT = 60  # s for an attempt, doubled when it is too short, up to PATIENC
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
-MAX_REMEMBERED = 1000  # event IDs of a room
+MAX_REMEMBERED = 1000  # events of a room
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a response must have to be a success, by its nio name.
@@ -99,9 +99,9 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, 0, "stopped")
-    # So many that a reply_to which keeps some busy holds up no save and no look-up of names.
+    # A reply_to may block many threads; saves and look-ups of names need some, too.
     loop.set_default_executor(ThreadPoolExecutor(1000))
-    # All other loggers are silent: nio's quote whole events and access tokens.
+    # Other loggers are silent: nio's quote events and access tokens.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
     user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
@@ -148,15 +148,14 @@ async def sync_forever(client: "Client") -> None:
     state, older = client.state, None
     while True:
         began = time.monotonic()
-        request = persist(lambda: poll(client), "the sync")
-        polling = asyncio.create_task(guarded(request))
+        polling = asyncio.create_task(guarded(persist(lambda: poll(client), "the sync")))
         await asyncio.to_thread(state.save, "next_batch", state.positions())
         while not polling.done():
             notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=60)
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
-        if not older:  # This is the first response: up to it, all replies can be seen.
+        if not older:  # Up to this first response, all replies of earlier lives can be seen.
             notify("READY=1")
             for room_id, position in state.behind.items():
                 hear(client.room(room_id), {"limited": True}, position, state.next_batch)
@@ -249,8 +248,7 @@ def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
     room.client.state.behind.setdefault(room.room_id, since)
     is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
     room.events = events if is_limited else room.events | events
-    room.has_gap = room.has_gap or is_limited
-    room.upto = upto
+    room.has_gap, room.upto = room.has_gap or is_limited, upto
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
 
@@ -284,8 +282,7 @@ async def answer_events(room: Room, events: Events) -> None:
         try:
             if event_id not in done and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
-        except BaseException as error:  # Whatever reply_to raises.
-            # Without its text, which may quote the message.
+        except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.room_id, frames)
         room.answered.append(event_id)
@@ -301,9 +298,8 @@ def own_membership(room: Room, event: Any) -> str:
     """Return the membership that an event gives the bot, "" if none or the same as before."""
     if part(event, str, "type") != "m.room.member" or event.get("state_key") != room.client.user_id:
         return ""
-    before = part(event, str, "unsigned", "prev_content", "membership")
     now = part(event, str, "content", "membership")
-    return str(now) if now != before else ""
+    return str(now) if now != part(event, str, "unsigned", "prev_content", "membership") else ""
 
 
 async def answer(room: Room, event_id: str, event: JSON) -> None:
@@ -431,13 +427,11 @@ def invite(room: Room, invited: JSON, since: str) -> None:
 
 async def accept(room: Room, invited: JSON) -> None:
     """Join the room, or reject the invitation of one who is no inviter."""
-    client, room_id = room.client, room.room_id
+    client, room_id, inviter = room.client, room.room_id, ""
     room.failing_since = NEVER
-    inviter = "nobody"
     for event in part(invited, list, "invite_state", "events"):
-        match event:  # The last is of the bot's homeserver; others may be lies.
-            case {"type": "m.room.member", "state_key": client.user_id, "sender": str(sender)}:
-                inviter = sender
+        if own_membership(room, event):
+            inviter = part(event, str, "sender")  # The bot's own homeserver puts the true one last.
     async with client.join_slots:
         if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
             await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
@@ -614,9 +608,9 @@ async def log_in(client: Client) -> None:
     except Failure as failure:
         if not failure.refusal:
             raise
-        check = f"MATRIX_USER and MATRIX_{'ACCESS_TOKEN' if token else 'PASSWORD'}"
+        secret = "MATRIX_ACCESS_TOKEN" if token else "MATRIX_PASSWORD"
         why = f"{client.homeserver} refuses {client.user}: {failure}"
-        stop(77, f"{why}; check {check}, and MATRIX_HOMESERVER")
+        stop(77, f"{why}; check MATRIX_USER, {secret} and MATRIX_HOMESERVER")
     if (user_id := part(found, str, "user_id")) != client.user:
         stop(78, f"the login is of {user_id}: set MATRIX_USER to that")
     device = part(found, str, "device_id") or str(client.device_id)
