@@ -610,7 +610,7 @@ async def log_in(client: Client) -> None:
             raise
         secret = "MATRIX_ACCESS_TOKEN" if token else "MATRIX_PASSWORD"
         why = f"{client.homeserver} refuses {client.user}: {failure}"
-        stop(77, f"{why}; check MATRIX_USER, {secret} and MATRIX_HOMESERVER")
+        stop(77, f"{why}; check MATRIX_USER and {secret}, and MATRIX_HOMESERVER")
     if (user_id := part(found, str, "user_id")) != client.user:
         stop(78, f"the login is of {user_id}: set MATRIX_USER to that")
     device = part(found, str, "device_id") or str(client.device_id)
