@@ -70,7 +70,6 @@ REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 PORT = r":([0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
 HOST = rf"([\w.-]+|\[[\da-fA-F:.]+\])({PORT})?"
-INVITER = r"""(?=[^ ,]*[:*])[@*?[][^@;'"\s,]*"""
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
 Events = dict[str, JSON]  # by event ID, in order
@@ -104,14 +103,10 @@ async def main() -> None:
     # Other loggers are silent: nio's quote events and access tokens.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
-    user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
-    token = setting("MATRIX_ACCESS_TOKEN")
-    if not user or not (token or setting("MATRIX_PASSWORD")):
-        stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
-    client = Client(user, State(Path(setting("STATE_DIRECTORY", ".")), user))
+    client = Client()
     what = "discovery (needed unless MATRIX_HOMESERVER is set)"
     client.use(setting("MATRIX_HOMESERVER") or await persist(lambda: discover(client), what))
-    if token or not client.access_token:
+    if client.given_token or not client.access_token:
         await persist(lambda: log_in(client), f"the login at {client.homeserver}")
     client.state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
@@ -164,40 +159,39 @@ async def sync_forever(client: "Client") -> None:
         # Let the replies keep up, and don't poll in a rush.
         if answering:
             await asyncio.wait(answering, timeout=INTERVAL)
-        elif since:
+        else:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
+        client.synced_for += min(time.monotonic() - began, SYNC_TIMEOUT / 1000)
 
 
 async def poll(client: "Client") -> Any:
-    """Return what came after next_batch; forget that once it is refused for a minute."""
-    since = client.state.next_batch
-    # Another hold each time until one succeeds: a failure may be cached by its parameters.
-    hold = SYNC_TIMEOUT if client.is_synced else random.randrange(1, 1000)
-    client.is_synced = False
+    """Return what came after next_batch; forget that once it is refused for over a minute."""
+    since, hold = client.state.next_batch, client.hold
+    # Another one each time until one succeeds: a failure may be cached by its parameters.
+    client.hold = random.randrange(1, 1000)
     try:
         response = await client.sync(hold, sync_filter(since), since)
     except Failure as failure:
         if failure.refusal == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
-        client.refused_since = min(client.refused_since, time.monotonic()) if is_refused else NEVER
-        if time.monotonic() - client.refused_since >= 60:
+        client.refusals = client.refusals + 1 if is_refused else 0
+        if client.refusals == 10:  # The pauses between them take a minute or two.
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             client.state.next_batch = ""
         raise
-    now = time.monotonic()
-    client.synced_for += min(now - client.synced_at, SYNC_TIMEOUT / 1000)
-    client.is_synced, client.synced_at, client.refused_since = True, now, NEVER
+    client.hold, client.refusals = SYNC_TIMEOUT, 0
     return response
 
 
 def sync_filter(since: str) -> JSON:
     """Return what is wanted of a sync: timelines, or without a position only invitations."""
     nothing: JSON = {"types": []}
-    timeline = {"limit": 1000} if since else nothing  # of all types, or Dendrite changes the order
-    # Without this Synapse leaves out a room that it has joined only in part.
-    state = {**nothing, "lazy_load_members": True} if since else nothing
-    room = {"timeline": timeline, "state": state, "ephemeral": nothing, "account_data": nothing}
+    room = dict.fromkeys(["timeline", "state", "ephemeral", "account_data"], nothing)
+    if since:  # If not of all types, Dendrite changes the order.
+        room["timeline"] = {"limit": 1000}
+        # Without this Synapse leaves out a room that it has joined only in part.
+        room["state"] = {**nothing, "lazy_load_members": True}
     return {"room": room, "presence": nothing, "account_data": nothing}
 
 
@@ -213,13 +207,18 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     # With a space in it, an ID could pass for another line of next_batch.
     joined, invited = [{i: r[i] for i in r if re.fullmatch(r"!\S+", i)} for r in kinds]
     for room_id in invited.keys() - client.invited:
-        invite(client.room(room_id), invited[room_id], since)
+        room = client.room(room_id)
+        if room.joining:  # by an earlier invitation
+            room.joining.cancel()
+        room.joining = asyncio.create_task(guarded(accept(room, invited[room_id])))
+        room.has_gap = True  # Its first timeline may not reach back to the invitation.
+        client.state.behind.setdefault(room_id, since)
     client.invited = set(invited)
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
     upto = response["next_batch"]
     heard = [hear(client.room(i), part(joined, dict, i, "timeline"), since, upto) for i in joined]
-    return [task for task in heard if task]
+    return list(filter(None, heard))
 
 
 class Room:
@@ -232,7 +231,7 @@ class Room:
     answering: Task | None = None
     joining: Task | None = None
     sending = ""  # the last transaction ID
-    failing_since = NEVER  # a value of Client.synced_for
+    failing_since = NEVER  # by Client.synced_for
     has_notice = False  # that it is encrypted
 
     def __init__(self, client: "Client", room_id: str) -> None:
@@ -244,7 +243,7 @@ class Room:
 def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
     """Have a room answer what came between two positions; return its task if that is news."""
     events = by_id(timeline, "events")
-    is_new = any(i not in room.events and i not in room.answered for i in events)
+    is_new = events.keys() - {*room.events, *room.answered}
     room.client.state.behind.setdefault(room.room_id, since)
     is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
     room.events = events if is_limited else room.events | events
@@ -369,13 +368,16 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
             continue
         position = before
         read |= page
-        if not known:
-            ends |= beginnings(room, page)
+        if not known:  # Stop at an invitation, an event while out, or what has a reply.
+            out = {i for i in page if part(page[i], str, "unsigned", "membership") == "leave"}
+            invited = {i for i in page if own_membership(room, page[i]) == "invite"}
+            ends |= out | invited | replied(room, page)
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
-    oldest = max((n for n, event_id in enumerate(read) if event_id in ends), default=len(read))
+    order = list(read)
+    oldest = max(map(order.index, read.keys() & ends), default=len(order))
     not_read = {i: event for i, event in timeline.items() if i not in read}
-    return {i: read[i] for i in list(read)[oldest::-1] if i not in known} | not_read
+    return {i: read[i] for i in order[oldest::-1] if i not in known} | not_read
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -387,16 +389,9 @@ async def known_at(room: Room, position: str) -> list[str]:
     page, _ = await read_page(room, position, 100)
     member = {i for i in newest if part(newest[i], str, "unsigned", "membership") in ("", "join")}
     # Earlier backfills may be in there: trust only the oldest answered event, and older.
-    trusted = replied(room, page) & page.keys() or member
-    oldest = max((n for n, event_id in enumerate(page) if event_id in trusted), default=len(page))
-    return list(page)[oldest:]
-
-
-def beginnings(room: Room, page: Events) -> set[str]:
-    """Return the IDs to stop at: invitations, events while out, and what has a reply."""
-    out = {i for i in page if part(page[i], str, "unsigned", "membership") == "leave"}
-    invited = {i for i in page if own_membership(room, page[i]) == "invite"}
-    return out | invited | replied(room, page)
+    trusted = page.keys() & replied(room, page) or member
+    order = list(page)
+    return order[max(map(order.index, page.keys() & trusted), default=len(order)) :]
 
 
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
@@ -414,15 +409,6 @@ async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
 def by_id(whole: Any, name: str) -> Events:
     """Return a list of events by event ID; what has none is no event."""
     return {i: event for event in part(whole, list, name) if (i := part(event, str, "event_id"))}
-
-
-def invite(room: Room, invited: JSON, since: str) -> None:
-    """Follow an invitation instead of any earlier one."""
-    if room.joining:
-        room.joining.cancel()
-    room.client.state.behind.setdefault(room.room_id, since)
-    room.has_gap = True  # Its first timeline may not reach back to the invitation.
-    room.joining = asyncio.create_task(guarded(accept(room, invited)))
 
 
 async def accept(room: Room, invited: JSON) -> None:
@@ -464,8 +450,8 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             return None
         if str(failure) != cause:
             cause = str(failure)
-            level = logging.INFO if failure.status == 429 else logging.WARNING
-            log.log(level, "Trouble with %s: %s; trying again", what, cause)
+            tell = log.info if failure.status == 429 else log.warning
+            tell("Trouble with %s: %s; trying again", what, cause)
         if time.monotonic() - began > 5:  # The request itself took long.
             delay = 0.25
         await asyncio.sleep(failure.retry_after + delay * random.uniform(0.5, 1))  # not all at once
@@ -498,46 +484,46 @@ class Failure(Exception):
 
 def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     """Return what an answer that is no success says, in the homeserver's own words."""
-    status = response.status
+    status, headers = response.status, response.headers
     errcode, error = part(content, str, "errcode"), part(content, str, "error")
     cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
     failure.status = status
-    if status == 429 or (status in (401, 403) and errcode in BLOCKED):
-        failure.is_awaited = True
-    elif errcode and 400 <= status < 500:  # What stands before a homeserver has no errcode.
+    failure.is_awaited = status == 429 or errcode in BLOCKED
+    # What stands before a homeserver has no errcode.
+    if errcode and 400 <= status < 500 and not failure.is_awaited:
         failure.refusal = status
-    failure.retry_after = seconds_told(content, response.headers)
-    return failure
-
-
-def seconds_told(content: Any, headers: Any) -> float:
-    """Return how long to wait, by JSON, or by Retry-After as a number or a date (RFC 9110)."""
     told = headers.get("Retry-After", "")
     seconds: float = min(part(content, int, "retry_after_ms"), 10**6) / 1000
     with suppress(ValueError):
         seconds = seconds or float(told)
-    with suppress(ValueError, TypeError):  # by the server's clock: ours may be wrong
-        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date"))]
+    with suppress(ValueError, TypeError):  # A date counts by the server's clock: ours may be wrong.
+        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date", ""))]
         seconds = (until - now).total_seconds()
-    return max(0, min(seconds, 2 * MAX_DELAY))
+    failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
+    return failure
 
 
 class Client(AsyncClient):
     """nio's client, but each request is made once, and returns JSON or raises Failure."""
 
-    def __init__(self, user: str, state: "State") -> None:
+    def __init__(self) -> None:
+        user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
+        self.password, self.given_token = setting("MATRIX_PASSWORD"), setting("MATRIX_ACCESS_TOKEN")
+        if not user or not (self.password or self.given_token):
+            stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set")
         super().__init__("", user)
-        token = setting("MATRIX_ACCESS_TOKEN") or part(state.session, str, "access_token")
-        self.restore_login(user, part(state.session, str, "device_id") or "ECHOBOT", token)
-        form, example = rf"[ ,]*({INVITER}([ ,]+|$))+", "@me:example.org @*:example.com"
-        self.inviters = setting("MATRIX_INVITERS", "*", form, example).replace(",", " ").split()
-        self.state = state
+        form = r"""[ ,]*((?=[^ ,]*[:*])[@*?[][^@;'"\s,]*([ ,]+|$))+"""
+        inviters = setting("MATRIX_INVITERS", "*", form, "@me:example.org @*:example.com")
+        self.inviters = inviters.replace(",", " ").split()
+        self.state = State(Path(setting("STATE_DIRECTORY", ".")), user)
+        token = self.given_token or part(self.state.session, str, "access_token")
+        self.restore_login(user, part(self.state.session, str, "device_id") or "ECHOBOT", token)
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
-        self.is_synced, self.synced_at, self.refused_since = False, time.monotonic(), NEVER
-        self.synced_for = 0.0  # s
+        self.hold, self.refusals = random.randrange(1, 1000), 0  # of the next poll, of next_batch
+        self.synced_for = 0.0  # s that syncs succeeded: a clock that stands still in an outage
         # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -602,9 +588,9 @@ async def discover(client: Client) -> str:
 
 async def log_in(client: Client) -> None:
     """Log in, on the same device as before; end the process if that is refused."""
-    token, password = setting("MATRIX_ACCESS_TOKEN"), setting("MATRIX_PASSWORD")
+    token = client.given_token
     try:
-        found: Any = await (client.whoami() if token else client.login(password))
+        found: Any = await (client.whoami() if token else client.login(client.password))
     except Failure as failure:
         if not failure.refusal:
             raise
@@ -631,7 +617,12 @@ class State:
                 (directory / name).touch(0o600)
             self.descriptor = os.open(directory, os.O_RDONLY)
             self.lock = (directory / "echobot.lock").open("a")  # until the process ends
-            self.refuse_other_copies()
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stop(75, f"another copy is running on {directory}: stop it first")
+            except OSError as error:  # Not every file system has locks.
+                log.warning("Can't lock %s (%s): start no other copy", directory, error.strerror)
             text = (directory / "next_batch").read_text(errors="replace")
             session = (directory / "session.json").read_text(errors="replace")
         except OSError as error:
@@ -648,15 +639,6 @@ class State:
             log.error("next_batch is missing or empty: starting from now instead")
         # By room ID, positions before which all is answered.
         self.behind = dict(re.findall(r"^(!\S+) ?(.*)$", "\n".join(lines), re.MULTILINE))
-
-    def refuse_other_copies(self) -> None:
-        """Lock the directory, or end the process if another copy has."""
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stop(75, f"another copy is running on {self.directory}: stop it first")
-        except OSError as error:  # Not every file system has locks.
-            log.warning("Can't lock %s (%s): start no other copy", self.directory, error.strerror)
 
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
