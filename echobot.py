@@ -55,21 +55,20 @@ from nio import AsyncClient, RoomMessageText
 
 COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
-SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll when there is nothing new
+SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll without news
 INTERVAL = 0.5  # s between polls without news, and that a poll may wait for replies
 MAX_DELAY = 60  # s between two attempts
-TIME_LIMIT = 60  # s for an attempt, doubled when it is too short, up to PATIENCE
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
 MAX_REMEMBERED = 1000  # events of a room
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
-# What a response must have to be a success, by its nio name.
+# What a success has, by nio's name of the response.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
 REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
-PORT = r":([0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
-HOST = rf"([\w.-]+|\[[\da-fA-F:.]+\])({PORT})?"
+PORT = r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
+HOST = rf"([\w.-]+|\[[\da-fA-F:.]+\])(:({PORT}))?"
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
 JSON = dict[str, Any]
 Events = dict[str, JSON]  # by event ID, in order
@@ -134,8 +133,7 @@ async def guarded(work: Awaitable[Any]) -> Any:
     try:
         return await work
     except Exception:
-        traceback.print_exc()
-        stop(1, "ended by a bug")
+        stop(1, f"ended by a bug\n{traceback.format_exc()}")
 
 
 async def sync_forever(client: "Client") -> None:
@@ -152,8 +150,8 @@ async def sync_forever(client: "Client") -> None:
         state.next_batch = response["next_batch"]
         if not older:  # Up to this first response, all replies of earlier lives can be seen.
             notify("READY=1")
-            for room_id, position in state.behind.items():
-                hear(client.room(room_id), {"limited": True}, position, state.next_batch)
+            for room_id in state.behind:
+                hear(client.room(room_id), {"limited": True}, since)
             older = asyncio.create_task(guarded(follow_older(client)))
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
@@ -165,9 +163,9 @@ async def sync_forever(client: "Client") -> None:
 
 
 async def poll(client: "Client") -> Any:
-    """Return what came after next_batch; forget that once it is refused for over a minute."""
+    """Return what came after next_batch, or forget that if it is refused for long."""
     since, hold = client.state.next_batch, client.hold
-    # Another one each time until one succeeds: a failure may be cached by its parameters.
+    # Another one until a sync succeeds: a failure may be cached.
     client.hold = random.randrange(1, 1000)
     try:
         response = await client.sync(hold, sync_filter(since), since)
@@ -176,7 +174,7 @@ async def poll(client: "Client") -> Any:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
         client.refusals = client.refusals + 1 if is_refused else 0
-        if client.refusals == 10:  # The pauses between them take a minute or two.
+        if client.refusals == 10:  # after a minute or two
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             client.state.next_batch = ""
         raise
@@ -185,12 +183,12 @@ async def poll(client: "Client") -> Any:
 
 
 def sync_filter(since: str) -> JSON:
-    """Return what is wanted of a sync: timelines, or without a position only invitations."""
+    """Return what a sync is to tell: timelines, or without a position only invitations."""
     nothing: JSON = {"types": []}
     room = dict.fromkeys(["timeline", "state", "ephemeral", "account_data"], nothing)
     if since:  # If not of all types, Dendrite changes the order.
         room["timeline"] = {"limit": 1000}
-        # Without this Synapse leaves out a room that it has joined only in part.
+        # Else Synapse leaves out rooms that it has joined only in part.
         room["state"] = {**nothing, "lazy_load_members": True}
     return {"room": room, "presence": nothing, "account_data": nothing}
 
@@ -203,28 +201,28 @@ async def follow_older(client: "Client") -> None:
 
 def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     """Hand each room its part of a sync response; return the tasks that answer news."""
-    kinds = [part(response, dict, "rooms", kind) for kind in ("join", "invite")]
-    # With a space in it, an ID could pass for another line of next_batch.
+    kinds = [part(response, "rooms", kind, kind=dict) for kind in ("join", "invite")]
+    # An ID with a space could pass for another line of next_batch.
     joined, invited = [{i: r[i] for i in r if re.fullmatch(r"!\S+", i)} for r in kinds]
     for room_id in invited.keys() - client.invited:
         room = client.room(room_id)
-        if room.joining:  # by an earlier invitation
+        if room.joining:  # an earlier invitation
             room.joining.cancel()
         room.joining = asyncio.create_task(guarded(accept(room, invited[room_id])))
-        room.has_gap = True  # Its first timeline may not reach back to the invitation.
+        room.has_gap = True  # Its first timeline may begin after the invitation.
         client.state.behind.setdefault(room_id, since)
     client.invited = set(invited)
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
-    upto = response["next_batch"]
-    heard = [hear(client.room(i), part(joined, dict, i, "timeline"), since, upto) for i in joined]
-    return list(filter(None, heard))
+    timelines = {i: part(joined, i, "timeline", kind=dict) for i in joined}
+    tasks = [hear(client.room(i), timelines[i], since) for i in timelines]
+    return [task for task in tasks if task]
 
 
 class Room:
-    """A room, and what it has heard that is not answered: `events`, up to a position `upto`.
+    """A room, and what it has still to answer: `events`, up to the position `upto`.
 
-    If that `has_gap`, more has to be read back, from the room's position in State.behind on.
+    If `has_gap`, more has to be read back, from the room's position in State.behind on.
     """
 
     upto, has_gap = "", False
@@ -235,19 +233,18 @@ class Room:
     has_notice = False  # that it is encrypted
 
     def __init__(self, client: "Client", room_id: str) -> None:
-        self.client, self.room_id, self.events = client, room_id, Events()
-        # The last event IDs: later timelines may repeat them.
-        self.answered = deque[str](maxlen=MAX_REMEMBERED)
+        self.client, self.id, self.events = client, room_id, Events()
+        self.answered = deque[str](maxlen=MAX_REMEMBERED)  # IDs that later timelines may repeat
 
 
-def hear(room: Room, timeline: JSON, since: str, upto: str) -> Task | None:
-    """Have a room answer what came between two positions; return its task if that is news."""
-    events = by_id(timeline, "events")
+def hear(room: Room, timeline: JSON, since: str) -> Task | None:
+    """Have a room answer what came since a position; return its task if that is news."""
+    state, events = room.client.state, by_id(timeline, "events")
     is_new = events.keys() - {*room.events, *room.answered}
-    room.client.state.behind.setdefault(room.room_id, since)
-    is_limited = part(timeline, bool, "limited") or len(room.events) > MAX_REMEMBERED
+    state.behind.setdefault(room.id, since)
+    is_limited = part(timeline, "limited", kind=bool) or len(room.events) > MAX_REMEMBERED
     room.events = events if is_limited else room.events | events
-    room.has_gap, room.upto = room.has_gap or is_limited, upto
+    room.has_gap, room.upto = room.has_gap or is_limited, state.next_batch
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
 
@@ -260,13 +257,13 @@ async def answer_room(room: Room) -> None:
             events, has_gap = room.events, room.has_gap
             room.events, room.upto, room.has_gap = Events(), "", False
             if has_gap:
-                events = await read_back(room, behind[room.room_id], upto, events)
+                events = await read_back(room, behind[room.id], upto, events)
             await answer_events(room, events)
             if not room.has_gap:
-                behind[room.room_id] = upto
+                behind[room.id] = upto
         room.answering = None
         if not room.has_gap:
-            del behind[room.room_id]
+            del behind[room.id]
 
 
 async def answer_events(room: Room, events: Events) -> None:
@@ -277,32 +274,32 @@ async def answer_events(room: Room, events: Events) -> None:
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
         membership = own_membership(room, event) or membership
-        at_event = part(event, str, "unsigned", "membership") or membership
+        at_event = part(event, "unsigned", "membership") or membership
         try:
             if event_id not in done and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
-            log.error("Passed over %s in %s:\n%s", event_id, room.room_id, frames)
+            log.error("Passed over %s in %s:\n%s", event_id, room.id, frames)
         room.answered.append(event_id)
 
 
 def replied(room: Room, events: Events) -> set[str]:
     """Return the IDs of what the bot's own messages among events answer."""
-    own = [e for e in events.values() if part(e, str, "sender") == room.client.user_id]
-    return {part(event, str, "content", "echobot.answers") for event in own}
+    own = [e for e in events.values() if part(e, "sender") == room.client.user_id]
+    return {part(event, "content", "echobot.answers") for event in own}
 
 
 def own_membership(room: Room, event: Any) -> str:
-    """Return the membership that an event gives the bot, "" if none or the same as before."""
-    if part(event, str, "type") != "m.room.member" or event.get("state_key") != room.client.user_id:
+    """Return the membership that an event gives the bot, "" if that is no change."""
+    if part(event, "type") != "m.room.member" or event.get("state_key") != room.client.user_id:
         return ""
-    now = part(event, str, "content", "membership")
-    return str(now) if now != part(event, str, "unsigned", "prev_content", "membership") else ""
+    now = part(event, "content", "membership")
+    return str(now) if now != part(event, "unsigned", "prev_content", "membership") else ""
 
 
 async def answer(room: Room, event_id: str, event: JSON) -> None:
-    """Answer an event if it calls for it, and return once the reply is acknowledged."""
+    """Answer an event if it calls for that; return once the reply is acknowledged."""
     content, name = None, event_id
     match event:
         case {"sender": room.client.user_id} | {"unsigned": {"redacted_because": _}}:
@@ -311,19 +308,19 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             return  # an edit
         case {"type": "m.room.encrypted"} if not room.has_notice:
             room.has_notice = True
-            log.warning("%s is encrypted: its messages can't be read", room.room_id)
+            log.warning("%s is encrypted: its messages can't be read", room.id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            name = room.room_id  # A second one is dropped for a time.
+            name = room.id  # A second one is dropped for a time.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
-            style = event["content"].get("formatted_body"), event["content"].get("format")
-            source = {**event, "room_id": room.room_id}
+            style = [event["content"].get(key) for key in ("formatted_body", "format")]
+            source = {**event, "room_id": room.id}
             content = await reply_content(RoomMessageText(source, body, *style))
     if content:
         content["echobot.answers"] = event_id
         tx_id = name.encode(errors="replace").hex()  # safe in any URL
-        what = f"the reply to {event_id} in {room.room_id}"
+        what = f"the reply to {event_id} in {room.id}"
         if await persist(lambda: send(room, content, tx_id), what, room):
-            log.info("Answered %s in %s", event_id, room.room_id)
+            log.info("Answered %s in %s", event_id, room.id)
 
 
 async def reply_content(event: RoomMessageText) -> JSON | None:
@@ -346,17 +343,17 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did and only its answer was lost."""
     if room.sending == tx_id:
-        page: Any = await room.client.room_messages(room.room_id, limit=100)
+        page: Any = await room.client.room_messages(room.id, limit=100)
         if content["echobot.answers"] in replied(room, by_id(page, "chunk")):
             return True
     room.sending = tx_id
-    return await room.client.room_send(room.room_id, "m.room.message", content, tx_id)
+    return await room.client.room_send(room.id, "m.room.message", content, tx_id)
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
-    """Return what came between two positions, oldest first, wherever its place in the room is."""
-    known = await known_at(room, since)
-    ends = set(known)  # All of it: what comes late from other homeservers has its place in there.
+    """Return what came between two positions, oldest first."""
+    known = await known_at(room, since) if since else []
+    ends = set(known)  # all: what comes late from other homeservers has its place among them
     read, position, stalled = Events(), upto, 0  # newest first
     while position and stalled < 100:
         page, before = await read_page(room, position, 100)
@@ -369,7 +366,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         position = before
         read |= page
         if not known:  # Stop at an invitation, an event while out, or what has a reply.
-            out = {i for i in page if part(page[i], str, "unsigned", "membership") == "leave"}
+            out = {i for i in page if part(page[i], "unsigned", "membership") == "leave"}
             invited = {i for i in page if own_membership(room, page[i]) == "invite"}
             ends |= out | invited | replied(room, page)
         if page.keys() & (known[-1:] or ends) or not (known or page):
@@ -381,13 +378,11 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
 
 
 async def known_at(room: Room, position: str) -> list[str]:
-    """Return the newest event IDs at a position, newest first; none if not in the room then."""
-    if not position:
-        return []
+    """Return the newest event IDs at a position, newest first; none if not in the room."""
     # One alone first: reading 100 makes Synapse backfill, and late events then seem old.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
-    member = {i for i in newest if part(newest[i], str, "unsigned", "membership") in ("", "join")}
+    member = {i for i in newest if part(newest[i], "unsigned", "membership") in ("", "join")}
     # Earlier backfills may be in there: trust only the oldest answered event, and older.
     trusted = page.keys() & replied(room, page) or member
     order = list(page)
@@ -398,42 +393,41 @@ async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
     """Return events before a position, newest first, and the position before them."""
     # Dendrite alone heeds a limit in the filter; it loses events where its pages meet.
     only = {"limit": 1000} if limit > 1 else None
+    client, what = room.client, f"reading {room.id}"
     page = await persist(
-        lambda: room.client.room_messages(room.room_id, start, limit=limit, message_filter=only),
-        f"reading {room.room_id}",
-        room,
+        lambda: client.room_messages(room.id, start, limit=limit, message_filter=only), what, room
     )
-    return by_id(page, "chunk"), part(page, str, "end")
+    return by_id(page, "chunk"), part(page, "end")
 
 
 def by_id(whole: Any, name: str) -> Events:
     """Return a list of events by event ID; what has none is no event."""
-    return {i: event for event in part(whole, list, name) if (i := part(event, str, "event_id"))}
+    return {i: event for event in part(whole, name, kind=list) if (i := part(event, "event_id"))}
 
 
 async def accept(room: Room, invited: JSON) -> None:
     """Join the room, or reject the invitation of one who is no inviter."""
-    client, room_id, inviter = room.client, room.room_id, ""
+    client, inviter = room.client, ""
     room.failing_since = NEVER
-    for event in part(invited, list, "invite_state", "events"):
+    for event in part(invited, "invite_state", "events", kind=list):
         if own_membership(room, event):
-            inviter = part(event, str, "sender")  # The bot's own homeserver puts the true one last.
+            inviter = part(event, "sender")  # The bot's own homeserver puts the true one last.
     async with client.join_slots:
         if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
-            await persist(lambda: client.room_leave(room_id), f"leaving {room_id}", room)
-            log.info("Did not follow the invitation of %s to %s", inviter, room_id)
-        elif await persist(lambda: client.join(room_id), f"joining {room_id}", room):
-            log.info("Joined %s, invited by %s", room_id, inviter)
-            client.invited.discard(room_id)  # The next one is new.
+            await persist(lambda: client.room_leave(room.id), f"leaving {room.id}", room)
+            log.info("Did not follow the invitation of %s to %s", inviter, room.id)
+        elif await persist(lambda: client.join(room.id), f"joining {room.id}", room):
+            log.info("Joined %s, invited by %s", room.id, inviter)
+            client.invited.discard(room.id)  # The next one is new.
             return
     room.has_gap = False
     if not room.answering:
-        client.state.behind.pop(room_id, None)
+        client.state.behind.pop(room.id, None)
 
 
 async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
     """Repeat a request until it succeeds; return its response, or None if the room gives up."""
-    delay, time_limit, cause = 0.25, TIME_LIMIT, ""
+    delay, time_limit, cause = 0.125, 60, ""  # s
     while True:
         began = time.monotonic()
         try:
@@ -450,12 +444,11 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             return None
         if str(failure) != cause:
             cause = str(failure)
-            tell = log.info if failure.status == 429 else log.warning
+            tell = log.info if failure.retry_after else log.warning
             tell("Trouble with %s: %s; trying again", what, cause)
-        if time.monotonic() - began > 5:  # The request itself took long.
-            delay = 0.25
-        await asyncio.sleep(failure.retry_after + delay * random.uniform(0.5, 1))  # not all at once
-        delay = min(2 * delay, MAX_DELAY)
+        is_quick = time.monotonic() - began < 5  # Else it was pause enough.
+        delay = min(2 * delay, MAX_DELAY) if is_quick else 0.25
+        await asyncio.sleep(failure.retry_after + delay * random.uniform(0.5, 1))
     if room:
         room.failing_since = NEVER
     if cause:
@@ -464,12 +457,12 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
 
 
 def gives_up(room: Room, failure: "Failure") -> bool:
-    """Tell whether a request is given up: it is wrong itself, or the room fails for long."""
-    if failure.is_awaited:
+    """Tell whether to give up: a message is refused for itself, or its room fails for long."""
+    if failure.status == 429:
         return False
     if failure.refusal in (400, 413):
         return True
-    # Once it was too long, each request gets one attempt until one succeeds.
+    # After that each request gets one attempt, until one succeeds.
     room.failing_since = min(room.failing_since, room.client.synced_for)
     return room.client.synced_for - room.failing_since >= PATIENCE
 
@@ -477,29 +470,26 @@ def gives_up(room: Room, failure: "Failure") -> bool:
 class Failure(Exception):
     """A request that failed; its text says why, and quotes no message."""
 
-    status, refusal = 0, 0  # HTTP; the same if it is the homeserver that says no
-    is_awaited = False  # It is a limit, or a person has to mend the account.
+    status = 0  # of HTTP; 429, as for a limit, if a person has to mend the account
+    refusal = 0  # the status, if it is the homeserver that says no
     retry_after = 0.0  # s, as told
 
 
 def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     """Return what an answer that is no success says, in the homeserver's own words."""
     status, headers = response.status, response.headers
-    errcode, error = part(content, str, "errcode"), part(content, str, "error")
+    errcode, error = part(content, "errcode"), part(content, "error")
     cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
-    failure.status = status
-    failure.is_awaited = status == 429 or errcode in BLOCKED
-    # What stands before a homeserver has no errcode.
-    if errcode and 400 <= status < 500 and not failure.is_awaited:
-        failure.refusal = status
-    told = headers.get("Retry-After", "")
-    seconds: float = min(part(content, int, "retry_after_ms"), 10**6) / 1000
+    failure.status = 429 if errcode in BLOCKED else status
+    if errcode and 400 <= status < 500:  # What stands before a homeserver has no errcode.
+        failure.refusal = failure.status
+    told, now = headers.get("Retry-After", ""), headers.get("Date", "")
+    seconds: float = min(part(content, "retry_after_ms", kind=int), 10**6) / 1000
     with suppress(ValueError):
         seconds = seconds or float(told)
     with suppress(ValueError, TypeError):  # A date counts by the server's clock: ours may be wrong.
-        until, now = [parsedate_to_datetime(date) for date in (told, headers.get("Date", ""))]
-        seconds = (until - now).total_seconds()
+        seconds = (parsedate_to_datetime(told) - parsedate_to_datetime(now)).total_seconds()
     failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
     return failure
 
@@ -517,14 +507,14 @@ class Client(AsyncClient):
         inviters = setting("MATRIX_INVITERS", "*", form, "@me:example.org @*:example.com")
         self.inviters = inviters.replace(",", " ").split()
         self.state = State(Path(setting("STATE_DIRECTORY", ".")), user)
-        token = self.given_token or part(self.state.session, str, "access_token")
-        self.restore_login(user, part(self.state.session, str, "device_id") or "ECHOBOT", token)
+        token = self.given_token or part(self.state.session, "access_token")
+        self.restore_login(user, part(self.state.session, "device_id") or "ECHOBOT", token)
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
         self.hold, self.refusals = random.randrange(1, 1000), 0  # of the next poll, of next_batch
-        self.synced_for = 0.0  # s that syncs succeeded: a clock that stands still in an outage
-        # nio's own session ends at 100 connections: so many sends that hang would stop the poll.
+        self.synced_for = 0.0  # s; a clock that stops in an outage
+        # nio's session has 100 connections: as many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
@@ -533,52 +523,52 @@ class Client(AsyncClient):
         return self.known_rooms.setdefault(room_id, Room(self, room_id))
 
     def use(self, homeserver: str) -> None:
-        """Send requests to this base URL, through the proxy that the environment names for it."""
+        """Send requests to a base URL, through the environment's proxy for it."""
         if not (url := re.fullmatch(rf"(https?)://({HOST})(/[^?#]*)?", homeserver)):
             stop(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
         self.homeserver, proxies = homeserver.rstrip("/"), getproxies()
         proxy = "" if proxy_bypass(url[2]) else proxies.get(url[1]) or proxies.get("all", "")
-        self.http_proxy = re.sub("^(?!.*://)", "http://", proxy) if proxy else None
-        if not re.fullmatch(rf"https?://([^@/]*@)?{HOST}/?", self.http_proxy or "http://none"):
+        self.proxy = re.sub("^(?!.*://)", "http://", proxy) if proxy else None
+        if self.proxy and not re.fullmatch(rf"https?://([^@/]*@)?{HOST}/?", self.proxy):
             stop(78, f"{url[1].upper()}_PROXY or ALL_PROXY is not like http://proxy.example:3128")
 
     async def _send(
         self, response_class: Any, method: str, path: str, data: Any = None, *_: Any, **__: Any
     ) -> JSON:
         """Make one of nio's requests."""
-        # nio has the access token in the URL of all that needs one; logs on the way would have it.
+        # nio's URLs have the access token, which logs on the way would keep.
         url, needs_token = re.subn(r"access_token=[^&]*&?", "", self.homeserver + path)
         headers = {"Authorization": f"Bearer {self.access_token}"} if needs_token else {}
         if method != "GET":  # Not every homeserver takes a body of another type, or none.
             data, headers["Content-Type"] = data or "{}", "application/json"
-        options = {"data": data, "headers": headers, "proxy": self.http_proxy}
+        request = self.http.request(method, url, data=data, headers=headers, proxy=self.proxy)
         try:
-            async with self.http.request(method, url, **options) as response:
+            async with request as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
-            # Not the whole text, which may quote a proxy's password.
+            # Other texts may quote a proxy's password.
             text = str(error) if isinstance(error, OSError) else ""
             raise Failure(text or type(error).__name__) from None
         content: Any = None
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode(errors="replace"))
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
-        is_page = key == "chunk" and key in part(content, dict)  # may be empty, or null
-        is_complete = not key or part(content, str, key) or is_page
+        is_page = key == "chunk" and key in part(content, kind=dict)  # may be empty, or null
+        is_complete = not key or part(content, key) or is_page
         if response.status == 200 and isinstance(content, dict) and is_complete:
             return content
         raise failure_of(response, content)
 
 
 async def discover(client: Client) -> str:
-    """Return the base URL that the user's server name publishes (spec: "Well-known URI")."""
-    name, last = client.user.partition(":")[2], part(client.state.session, str, "homeserver")
+    """Return the base URL that the user's server publishes (spec: "Well-known URI")."""
+    name, last = client.user.partition(":")[2], part(client.state.session, "homeserver")
     client.use("https://" + re.sub(r":\d+$", "", name))
     try:
-        return str(part(await client.discovery_info(), str, "m.homeserver", "base_url") or last)
+        return str(part(await client.discovery_info(), "m.homeserver", "base_url") or last)
     except Failure as failure:
         own = f"https://{name}" if failure.status == 404 else ""
-        for url in filter(None, (last, own)):  # It may have failed for a moment only.
+        for url in filter(None, (last, own)):  # It may work again soon.
             client.use(url)
             with suppress(Failure):
                 await client.login_info()
@@ -587,61 +577,61 @@ async def discover(client: Client) -> str:
 
 
 async def log_in(client: Client) -> None:
-    """Log in, on the same device as before; end the process if that is refused."""
+    """Log in, on the same device as before, or end the process if that is refused."""
     token = client.given_token
     try:
         found: Any = await (client.whoami() if token else client.login(client.password))
     except Failure as failure:
-        if not failure.refusal:
+        if failure.refusal in (0, 429):
             raise
         secret = "MATRIX_ACCESS_TOKEN" if token else "MATRIX_PASSWORD"
         why = f"{client.homeserver} refuses {client.user}: {failure}"
         stop(77, f"{why}; check MATRIX_USER and {secret}, and MATRIX_HOMESERVER")
-    if (user_id := part(found, str, "user_id")) != client.user:
+    if (user_id := part(found, "user_id")) != client.user:
         stop(78, f"the login is of {user_id}: set MATRIX_USER to that")
-    device = part(found, str, "device_id") or str(client.device_id)
+    device = part(found, "device_id") or str(client.device_id)
     new_token = found.get("access_token", "")  # One that was given is not saved.
     client.restore_login(client.user, device, token or new_token)
-    if not client.state.session:  # Or another user's position would seem to be ours.
-        client.state.save("next_batch", client.state.positions())
     client.state.save_session(user_id=client.user, device_id=device, access_token=new_token)
 
 
 class State:
-    """The state directory: next_batch and session.json, which hold the old or the new, whole."""
+    """The state directory, with next_batch and session.json."""
 
     def __init__(self, directory: Path, user: str) -> None:
         self.directory, self.unsaved = directory, set[str]()  # names of files
         try:
-            for name in ("next_batch", "session.json", "echobot.lock"):
-                (directory / name).touch(0o600)
+            paths = [directory / name for name in ("next_batch", "session.json", "echobot.lock")]
+            for path in paths:
+                path.touch(0o600)
             self.descriptor = os.open(directory, os.O_RDONLY)
-            self.lock = (directory / "echobot.lock").open("a")  # until the process ends
+            self.lock = paths[2].open("a")  # until the process ends
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 stop(75, f"another copy is running on {directory}: stop it first")
             except OSError as error:  # Not every file system has locks.
                 log.warning("Can't lock %s (%s): start no other copy", directory, error.strerror)
-            text = (directory / "next_batch").read_text(errors="replace")
-            session = (directory / "session.json").read_text(errors="replace")
+            text, session, _ = [path.read_text(errors="replace") for path in paths]
         except OSError as error:
             stop(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
         self.session: JSON = {}
         with suppress(ValueError):
-            self.session = part(json.loads(session), dict)
-        owner = part(self.session, str, "user_id")
+            self.session = part(json.loads(session), kind=dict)
+        owner = part(self.session, "user_id")
         if owner not in ("", user):
             log.warning("Not using the state of %s", owner)
             text, self.session = "", {}
-        self.next_batch, *lines = [line.strip() for line in text.split("\n")]
-        if owner == user and not self.next_batch:
-            log.error("next_batch is missing or empty: starting from now instead")
+        self.next_batch = text.partition("\n")[0].strip()
+        if self.session and not self.next_batch:
+            log.error("next_batch is missing or empty: starting from now")
         # By room ID, positions before which all is answered.
-        self.behind = dict(re.findall(r"^(!\S+) ?(.*)$", "\n".join(lines), re.MULTILINE))
+        self.behind = dict(re.findall(r"(?m)^(!\S+) ?(\S*)", text))
 
     def save_session(self, **changes: Any) -> None:
         """Change session.json."""
+        if not self.session:  # Or another user's position would seem to be ours.
+            self.save("next_batch", self.positions())
         self.session |= changes
         self.save("session.json", json.dumps(self.session))
 
@@ -650,7 +640,7 @@ class State:
         return "\n".join([self.next_batch, *map(" ".join, self.behind.items())])
 
     def save(self, name: str, text: str) -> None:
-        """Replace a file whole, or say once that it can't be done: answering goes on without."""
+        """Replace a file atomically, or say once that it can't be done."""
         temporary = self.directory / f"{name}.tmp"
         try:
             temporary.touch(0o600)
@@ -667,7 +657,7 @@ class State:
             os.fsync(self.descriptor)
 
 
-def part(whole: Any, kind: type, *path: str) -> Any:
+def part(whole: Any, *path: str, kind: type = str) -> Any:
     """Return a part of untrusted JSON, empty if it is missing or of another kind."""
     for name in path:
         whole = whole.get(name) if isinstance(whole, dict) else None
@@ -675,7 +665,7 @@ def part(whole: Any, kind: type, *path: str) -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell systemd the state of the service, if it asked for it (see sd_notify(3))."""
+    """Tell systemd the state of the service, if it asked for that."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
             unix.setblocking(False)  # Nobody may read it.
@@ -686,6 +676,6 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["--help"], ["-h"]):
         print(Path(__file__).read_text().split('"""')[1])  # __doc__ is None under -OO.
     elif sys.argv[1:]:
-        stop(2, "takes no arguments but --help; settings are environment variables")
+        stop(2, "takes no arguments but --help")
     else:
         asyncio.run(main())
