@@ -97,7 +97,7 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, 0, "stopped")
-    # A reply_to may block many threads; saves and look-ups of names need some, too.
+    # reply_to may block many threads; saves and look-ups of names need some, too.
     loop.set_default_executor(ThreadPoolExecutor(1000))
     # Other loggers are silent: nio's quote events and access tokens.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
@@ -157,7 +157,7 @@ async def sync_forever(client: "Client") -> None:
         # Let the replies keep up, and don't poll in a rush.
         if answering:
             await asyncio.wait(answering, timeout=INTERVAL)
-        else:
+        elif since:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
         client.synced_for += min(time.monotonic() - began, SYNC_TIMEOUT / 1000)
 
@@ -174,7 +174,7 @@ async def poll(client: "Client") -> Any:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
         client.refusals = client.refusals + 1 if is_refused else 0
-        if client.refusals == 10:  # after a minute or two
+        if client.refusals == 10:  # after a minute or two of pauses
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             client.state.next_batch = ""
         raise
@@ -386,7 +386,8 @@ async def known_at(room: Room, position: str) -> list[str]:
     # Earlier backfills may be in there: trust only the oldest answered event, and older.
     trusted = page.keys() & replied(room, page) or member
     order = list(page)
-    return order[max(map(order.index, page.keys() & trusted), default=len(order)) :]
+    oldest = max(map(order.index, page.keys() & trusted), default=len(order))
+    return order[oldest:]
 
 
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
@@ -665,7 +666,7 @@ def part(whole: Any, *path: str, kind: type = str) -> Any:
 
 
 def notify(state: str) -> None:
-    """Tell systemd the state of the service, if it asked for that."""
+    """Tell systemd the state of the service, if it asked (sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as unix:
             unix.setblocking(False)  # Nobody may read it.
