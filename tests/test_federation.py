@@ -7,6 +7,7 @@ import support.proxy as faults
 from support.bot import Bot
 from support.federation import FarPeople, FarRoom, Federation, arrives
 from support.homeserver import Homeserver
+from support.people import Room
 from support.proxy import Proxy
 
 BACKFILL = "GET .*/backfill/"  # a homeserver asks another one for what is missing
@@ -76,11 +77,11 @@ async def test_outage_in_a_room_that_goes_on_on_both_sides(
     assert await room.replies(45) == [*replies, *(f"far {n}" for n in range(30))]
 
 
-async def answers_and_saves(room: FarRoom, bot: Bot) -> None:
-    """Have one command answered, and a position saved that is past the reply."""
+async def answers_and_saves(room: Room, bot: Bot, replies: int = 1) -> None:
+    """Have one command answered, the last of so many, and a position saved that is past it."""
     position = bot.next_batch
     await room.command("before")
-    await room.replies(1)
+    await room.replies(replies)
     await bot.saves(other_than=position)
     position = bot.next_batch
     await room.say("no command")
@@ -153,6 +154,32 @@ async def test_event_that_came_late_is_found_below_newer_ones(
     count = 125 + bool(answered_before)
     replies = await room.replies(count + 1)
     assert [reply for reply in replies if reply != "late"] == [str(n) for n in range(count)]
+    assert replies.count("late") == 1
+
+
+@pytest.mark.long
+async def test_event_that_came_late_is_found_a_page_below_what_is_known(
+    federation: Federation, people: FarPeople, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """Its place is among what was answered before the gap, and reading meets that a page earlier."""
+    room, far = await people.shared_room()
+    proxy.timeline_limit = 10
+    await proxied_bot.run()
+    newest = await room.command(*range(3))
+    await room.replies(3)
+    await arrives(people.bob, room.room_id, newest)
+    async with federation.cut_off() as (cut, _):
+        late = await far.command("late")
+        await room.command(*range(3, 23))
+        await room.replies(23)
+        await answers_and_saves(room, proxied_bot, 24)
+        await proxied_bot.kill()
+        await room.command(*range(23, 108))
+        await cut.happens()
+    await arrives(people.account, room.room_id, late)
+    await proxied_bot.start()
+    replies = await room.replies(110)
+    assert [reply for reply in replies if reply.isdigit()] == [str(n) for n in range(108)]
     assert replies.count("late") == 1
 
 
