@@ -161,25 +161,24 @@ async def test_event_that_came_late_is_found_below_newer_ones(
 async def test_event_that_came_late_is_found_a_page_below_what_is_known(
     federation: Federation, people: FarPeople, proxied_bot: Bot, proxy: Proxy
 ) -> None:
-    """Its place is among what was answered before the gap, and reading meets that a page earlier."""
+    """Its place is among the chat from before the gap, whose newest is met a page earlier."""
     room, far = await people.shared_room()
     proxy.timeline_limit = 10
     await proxied_bot.run()
-    newest = await room.command(*range(3))
-    await room.replies(3)
-    await arrives(people.bob, room.room_id, newest)
+    await arrives(people.bob, room.room_id, await room.say(*["chat"] * 3))
     async with federation.cut_off() as (cut, _):
         late = await far.command("late")
-        await room.command(*range(3, 23))
-        await room.replies(23)
-        await answers_and_saves(room, proxied_bot, 24)
+        await room.say(*["chat"] * 20)
+        position = proxied_bot.next_batch
+        await room.say("chat")
+        await proxied_bot.saves(other_than=position)
         await proxied_bot.kill()
-        await room.command(*range(23, 108))
+        await room.command(*range(85))
         await cut.happens()
     await arrives(people.account, room.room_id, late)
     await proxied_bot.start()
-    replies = await room.replies(110)
-    assert [reply for reply in replies if reply.isdigit()] == [str(n) for n in range(108)]
+    replies = await room.replies(86)
+    assert [reply for reply in replies if reply.isdigit()] == [str(n) for n in range(85)]
     assert replies.count("late") == 1
 
 
