@@ -357,7 +357,7 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
     """Return what came between two positions, oldest first, wherever its place in the room is."""
     known = await known_at(room, since)
-    ends = set(known)  # All of it: what comes late from other homeservers has its place in there.
+    ends = set(known)
     read, position, stalled = Events(), upto, 0  # newest first
     while position and stalled < 100:
         page, before = await read_page(room, position, 100)
@@ -371,25 +371,31 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         read |= page
         if not known:
             ends |= beginnings(room, page)
+        # To the oldest: what comes late from other homeservers has its place among the known.
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
     oldest = max((n for n, event_id in enumerate(read) if event_id in ends), default=len(read))
+    ids = list(read)[: oldest + 1]
+    # Above what is new or answered, the known may have been fetched late for somebody else.
+    answered = replied(room, read).union(room.answered)
+    while ids and ids[-1] in known and ids[-1] not in answered:
+        ids.pop()
     not_read = {i: event for i, event in timeline.items() if i not in read}
-    return {i: read[i] for i in list(read)[oldest::-1] if i not in known} | not_read
+    return {i: read[i] for i in reversed(ids)} | not_read
 
 
 async def known_at(room: Room, position: str) -> list[str]:
-    """Return the newest event IDs at a position, newest first; none if not in the room then."""
+    """Return up to 100 event IDs that were there at a position, newest first; none from outside."""
     if not position:
         return []
-    # One alone first: reading 100 makes Synapse backfill, and late events then seem old.
+    # The newest alone first: reading 100 makes Synapse fetch others, which then seem old.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
-    member = {i for i in newest if part(newest[i], str, "unsigned", "membership") in ("", "join")}
-    # Earlier backfills may be in there: trust only the oldest answered event, and older.
-    trusted = replied(room, page) & page.keys() or member
-    oldest = max((n for n, event_id in enumerate(page) if event_id in trusted), default=len(page))
-    return list(page)[oldest:]
+    ids = list(page)
+    for event_id, event in newest.items():
+        if event_id in page and part(event, str, "unsigned", "membership") in ("", "join"):
+            return ids[ids.index(event_id) :]
+    return []
 
 
 def beginnings(room: Room, page: Events) -> set[str]:

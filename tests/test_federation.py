@@ -126,6 +126,32 @@ async def test_somebody_else_reads_back_first_after_an_outage(
     assert await room.replies(31) == ["before", *(str(n) for n in range(30))]
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_somebody_else_reads_back_while_a_room_hangs(
+    federation: Federation, people: FarPeople, quick_bot: Bot, proxy: Proxy, is_killed: bool
+) -> None:
+    """What was fetched for them is new though it seems to be from before all that has no reply."""
+    room = await people.far_room()
+    await people.bob.invite(room.room_id, people.alice.user_id)
+    await people.alice.join(room.room_id)
+    await quick_bot.run()
+    with proxy.inject(faults.silence, faults.SEND) as hanging:
+        await room.command(*range(5))
+        await hanging.happens()
+        async with federation.cut_off() as (cut, _):
+            newest = await room.command(*range(5, 35))
+            await cut.happens()
+        await arrives(people.alice, room.room_id, newest)
+        path, asked = f"/rooms/{room.room_id}/messages", federation.far.front.count(BACKFILL)
+        await people.alice.request("GET", path, dir="b", limit=50)
+        assert federation.far.front.count(BACKFILL) > asked
+        if is_killed:
+            await quick_bot.kill()
+    if is_killed:
+        await quick_bot.start()
+    assert await room.replies(35) == [str(n) for n in range(35)]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("answered_before", [0, 50])
 async def test_event_that_came_late_is_found_below_newer_ones(
