@@ -199,14 +199,12 @@ async def test_event_that_came_late_is_found_a_page_below_what_is_known(
         await room.say("chat")
         await proxied_bot.saves(other_than=position)
         await proxied_bot.kill()
-        await room.command(*range(70))
+        await room.say(*["chat"] * 70)
         await cut.happens()
     await arrives(people.account, room.room_id, late)
-    await room.command(*range(70, 85))  # The timeline has only the last of them.
+    await room.say(*["chat"] * 15)  # The timeline has only the last of them.
     await proxied_bot.start()
-    replies = await room.replies(86)
-    assert [reply for reply in replies if reply.isdigit()] == [str(n) for n in range(85)]
-    assert replies.count("late") == 1
+    assert await room.replies(1) == ["late"]
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
