@@ -109,21 +109,13 @@ async def test_somebody_else_reads_back_first_after_an_outage(
     federation: Federation, people: FarPeople, bot: Bot
 ) -> None:
     """What was fetched from the other homeserver for them is new for the bot."""
-    room = await people.far_room()
-    await people.bob.invite(room.room_id, people.alice.user_id)
-    await people.alice.join(room.room_id)
+    room = await room_of_all(people)
     await bot.run()
     await answers_and_saves(room, bot)
     await bot.kill()
-    async with federation.cut_off() as (cut, _):
-        newest = await room.command(*range(30))
-        await cut.happens()
-    await arrives(people.alice, room.room_id, newest)
-    path, asked = f"/rooms/{room.room_id}/messages", federation.far.front.count(BACKFILL)
-    await people.alice.request("GET", path, dir="b", limit=50)
-    assert federation.far.front.count(BACKFILL) > asked
+    await alice_reads_back(federation, people, room)
     await bot.start()
-    assert await room.replies(31) == ["before", *(str(n) for n in range(30))]
+    assert await room.replies(31) == ["before", *(str(n) for n in range(5, 35))]
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
@@ -131,25 +123,49 @@ async def test_somebody_else_reads_back_while_a_room_hangs(
     federation: Federation, people: FarPeople, quick_bot: Bot, proxy: Proxy, is_killed: bool
 ) -> None:
     """What was fetched for them is new though it seems to be from before all that has no reply."""
-    room = await people.far_room()
-    await people.bob.invite(room.room_id, people.alice.user_id)
-    await people.alice.join(room.room_id)
+    room = await room_of_all(people)
     await quick_bot.run()
     with proxy.inject(faults.silence, faults.SEND) as hanging:
         await room.command(*range(5))
         await hanging.happens()
-        async with federation.cut_off() as (cut, _):
-            newest = await room.command(*range(5, 35))
-            await cut.happens()
-        await arrives(people.alice, room.room_id, newest)
-        path, asked = f"/rooms/{room.room_id}/messages", federation.far.front.count(BACKFILL)
-        await people.alice.request("GET", path, dir="b", limit=50)
-        assert federation.far.front.count(BACKFILL) > asked
+        await alice_reads_back(federation, people, room)
         if is_killed:
             await quick_bot.kill()
     if is_killed:
         await quick_bot.start()
     assert await room.replies(35) == [str(n) for n in range(35)]
+
+
+async def test_somebody_else_reads_back_where_only_chat_was_heard(
+    federation: Federation, people: FarPeople, quick_bot: Bot
+) -> None:
+    """What was fetched for them is new, though there is no reply that tells so."""
+    room = await room_of_all(people)
+    await quick_bot.run()
+    position = quick_bot.next_batch
+    await room.say("chat")
+    await quick_bot.saves(other_than=position)
+    await alice_reads_back(federation, people, room)
+    assert await room.replies(30) == [str(n) for n in range(5, 35)]
+
+
+async def room_of_all(people: FarPeople) -> FarRoom:
+    """Create a room of bob with the bot's account and alice in it."""
+    room = await people.far_room()
+    await people.bob.invite(room.room_id, people.alice.user_id)
+    await people.alice.join(room.room_id)
+    return room
+
+
+async def alice_reads_back(federation: Federation, people: FarPeople, room: FarRoom) -> None:
+    """Have bob say 30 commands in an outage, and alice's client fetch those that do not come."""
+    async with federation.cut_off() as (cut, _):
+        newest = await room.command(*range(5, 35))
+        await cut.happens()
+    await arrives(people.alice, room.room_id, newest)
+    path, asked = f"/rooms/{room.room_id}/messages", federation.far.front.count(BACKFILL)
+    await people.alice.request("GET", path, dir="b", limit=50)
+    assert federation.far.front.count(BACKFILL) > asked
 
 
 @pytest.mark.long
