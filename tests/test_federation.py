@@ -8,7 +8,7 @@ from support.bot import Bot
 from support.federation import FarPeople, FarRoom, Federation, arrives
 from support.homeserver import Homeserver
 from support.people import Room
-from support.proxy import Proxy
+from support.proxy import MESSAGES, Proxy
 
 BACKFILL = "GET .*/backfill/"  # a homeserver asks another one for what is missing
 
@@ -137,7 +137,7 @@ async def test_somebody_else_reads_back_while_a_room_hangs(
 
 
 async def test_somebody_else_reads_back_where_only_chat_was_heard(
-    federation: Federation, people: FarPeople, quick_bot: Bot
+    federation: Federation, people: FarPeople, quick_bot: Bot, proxy: Proxy
 ) -> None:
     """What was fetched for them is new, though there is no reply that tells so."""
     room = await room_of_all(people)
@@ -145,7 +145,11 @@ async def test_somebody_else_reads_back_where_only_chat_was_heard(
     position = quick_bot.next_batch
     await room.say("chat")
     await quick_bot.saves(other_than=position)
-    await alice_reads_back(federation, people, room)
+    alice_has_read = asyncio.Event()
+    with proxy.inject(faults.hold(alice_has_read.wait), MESSAGES) as held:
+        await alice_reads_back(federation, people, room)
+        await held.happens()
+        alice_has_read.set()
     assert await room.replies(30) == [str(n) for n in range(5, 35)]
 
 
@@ -162,9 +166,9 @@ async def alice_reads_back(federation: Federation, people: FarPeople, room: FarR
     async with federation.cut_off() as (cut, _):
         newest = await room.command(*range(5, 35))
         await cut.happens()
+        asked = federation.far.front.count(BACKFILL)
     await arrives(people.alice, room.room_id, newest)
-    path, asked = f"/rooms/{room.room_id}/messages", federation.far.front.count(BACKFILL)
-    await people.alice.request("GET", path, dir="b", limit=50)
+    await people.alice.request("GET", f"/rooms/{room.room_id}/messages", dir="b", limit=50)
     assert federation.far.front.count(BACKFILL) > asked
 
 
