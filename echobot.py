@@ -353,7 +353,7 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
     """Return what came between two positions, oldest first."""
     known = await known_at(room, since) if since else []
-    ends = set(known)  # all: what comes late from other homeservers has its place among them
+    ends = set(known)
     read, position, stalled = Events(), upto, 0  # newest first
     while position and stalled < 100:
         page, before = await read_page(room, position, 100)
@@ -365,29 +365,38 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
             continue
         position = before
         read |= page
-        if not known:  # Stop at an invitation, an event while out, or what has a reply.
-            out = {i for i in page if part(page[i], "unsigned", "membership") == "leave"}
-            invited = {i for i in page if own_membership(room, page[i]) == "invite"}
-            ends |= out | invited | replied(room, page)
+        if not known:
+            ends |= beginnings(room, page)
+        # To the oldest known one: what comes late from other homeservers has its place among them.
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
     order = list(read)
-    oldest = max(map(order.index, read.keys() & ends), default=len(order))
+    del order[max(map(order.index, read.keys() & ends), default=len(order)) + 1 :]
+    # The known end at what is new or answered: above that, they may have been fetched only lately.
+    answered = replied(room, read).union(room.answered)
+    while order and order[-1] in known and order[-1] not in answered:
+        order.pop()
     not_read = {i: event for i, event in timeline.items() if i not in read}
-    return {i: read[i] for i in order[oldest::-1] if i not in known} | not_read
+    return {i: read[i] for i in reversed(order)} | not_read
 
 
 async def known_at(room: Room, position: str) -> list[str]:
-    """Return the newest event IDs at a position, newest first; none if not in the room."""
-    # One alone first: reading 100 makes Synapse backfill, and late events then seem old.
+    """Return up to 100 event IDs that were there at a position, newest first; none from outside."""
+    # The newest alone first: reading 100 makes Synapse fetch others, which then seem old.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
-    member = {i for i in newest if part(newest[i], "unsigned", "membership") in ("", "join")}
-    # Earlier backfills may be in there: trust only the oldest answered event, and older.
-    trusted = page.keys() & replied(room, page) or member
     order = list(page)
-    oldest = max(map(order.index, page.keys() & trusted), default=len(order))
-    return order[oldest:]
+    for event_id in page.keys() & newest.keys():
+        if part(page[event_id], "unsigned", "membership") in ("", "join"):
+            return order[order.index(event_id) :]
+    return []
+
+
+def beginnings(room: Room, page: Events) -> set[str]:
+    """Return the IDs to stop at: invitations, events while out, and what has a reply."""
+    out = {i for i in page if part(page[i], "unsigned", "membership") == "leave"}
+    invited = {i for i in page if own_membership(room, page[i]) == "invite"}
+    return out | invited | replied(room, page)
 
 
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:

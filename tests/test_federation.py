@@ -7,7 +7,8 @@ import support.proxy as faults
 from support.bot import Bot
 from support.federation import FarPeople, FarRoom, Federation, arrives
 from support.homeserver import Homeserver
-from support.proxy import Proxy
+from support.people import Room
+from support.proxy import MESSAGES, Proxy
 
 BACKFILL = "GET .*/backfill/"  # a homeserver asks another one for what is missing
 
@@ -76,11 +77,11 @@ async def test_outage_in_a_room_that_goes_on_on_both_sides(
     assert await room.replies(45) == [*replies, *(f"far {n}" for n in range(30))]
 
 
-async def answers_and_saves(room: FarRoom, bot: Bot) -> None:
-    """Have one command answered, and a position saved that is past the reply."""
+async def answers_and_saves(room: Room, bot: Bot, replies: int = 1) -> None:
+    """Have one command answered, the last of so many, and a position saved that is past it."""
     position = bot.next_batch
     await room.command("before")
-    await room.replies(1)
+    await room.replies(replies)
     await bot.saves(other_than=position)
     position = bot.next_batch
     await room.say("no command")
@@ -108,21 +109,67 @@ async def test_somebody_else_reads_back_first_after_an_outage(
     federation: Federation, people: FarPeople, bot: Bot
 ) -> None:
     """What was fetched from the other homeserver for them is new for the bot."""
-    room = await people.far_room()
-    await people.bob.invite(room.room_id, people.alice.user_id)
-    await people.alice.join(room.room_id)
+    room = await room_of_all(people)
     await bot.run()
     await answers_and_saves(room, bot)
     await bot.kill()
-    async with federation.cut_off() as (cut, _):
-        newest = await room.command(*range(30))
-        await cut.happens()
-    await arrives(people.alice, room.room_id, newest)
-    path, asked = f"/rooms/{room.room_id}/messages", federation.far.front.count(BACKFILL)
-    await people.alice.request("GET", path, dir="b", limit=50)
-    assert federation.far.front.count(BACKFILL) > asked
+    await alice_reads_back(federation, people, room)
     await bot.start()
-    assert await room.replies(31) == ["before", *(str(n) for n in range(30))]
+    assert await room.replies(31) == ["before", *(str(n) for n in range(5, 35))]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_somebody_else_reads_back_while_a_room_hangs(
+    federation: Federation, people: FarPeople, quick_bot: Bot, proxy: Proxy, is_killed: bool
+) -> None:
+    """What was fetched for them is new though it seems to be from before all that has no reply."""
+    room = await room_of_all(people)
+    await quick_bot.run()
+    with proxy.inject(faults.silence, faults.SEND) as hanging:
+        await room.command(*range(5))
+        await hanging.happens()
+        await alice_reads_back(federation, people, room)
+        if is_killed:
+            await quick_bot.kill()
+    if is_killed:
+        await quick_bot.start()
+    assert await room.replies(35) == [str(n) for n in range(35)]
+
+
+async def test_somebody_else_reads_back_where_only_chat_was_heard(
+    federation: Federation, people: FarPeople, quick_bot: Bot, proxy: Proxy
+) -> None:
+    """What was fetched for them is new, though there is no reply that tells so."""
+    room = await room_of_all(people)
+    await quick_bot.run()
+    position = quick_bot.next_batch
+    await room.say("chat")
+    await quick_bot.saves(other_than=position)
+    alice_has_read = asyncio.Event()
+    with proxy.inject(faults.hold(alice_has_read.wait), MESSAGES) as held:
+        await alice_reads_back(federation, people, room)
+        await held.happens()
+        alice_has_read.set()
+    assert await room.replies(30) == [str(n) for n in range(5, 35)]
+
+
+async def room_of_all(people: FarPeople) -> FarRoom:
+    """Create a room of bob with the bot's account and alice in it."""
+    room = await people.far_room()
+    await people.bob.invite(room.room_id, people.alice.user_id)
+    await people.alice.join(room.room_id)
+    return room
+
+
+async def alice_reads_back(federation: Federation, people: FarPeople, room: FarRoom) -> None:
+    """Have bob say 30 commands in an outage, and alice's client fetch those that do not come."""
+    async with federation.cut_off() as (cut, _):
+        newest = await room.command(*range(5, 35))
+        await cut.happens()
+        asked = federation.far.front.count(BACKFILL)
+    await arrives(people.alice, room.room_id, newest)
+    await people.alice.request("GET", f"/rooms/{room.room_id}/messages", dir="b", limit=50)
+    assert federation.far.front.count(BACKFILL) > asked
 
 
 @pytest.mark.long
@@ -154,6 +201,30 @@ async def test_event_that_came_late_is_found_below_newer_ones(
     replies = await room.replies(count + 1)
     assert [reply for reply in replies if reply != "late"] == [str(n) for n in range(count)]
     assert replies.count("late") == 1
+
+
+@pytest.mark.long
+async def test_event_that_came_late_is_found_a_page_below_what_is_known(
+    federation: Federation, people: FarPeople, proxied_bot: Bot, proxy: Proxy
+) -> None:
+    """Its place is among the chat from before the gap, whose newest is met a page earlier."""
+    room, far = await people.shared_room()
+    proxy.timeline_limit = 10
+    await proxied_bot.run()
+    await arrives(people.bob, room.room_id, await room.say(*["chat"] * 3))
+    async with federation.cut_off() as (cut, _):
+        late = await far.command("late")
+        await room.say(*["chat"] * 20)
+        position = proxied_bot.next_batch
+        await room.say("chat")
+        await proxied_bot.saves(other_than=position)
+        await proxied_bot.kill()
+        await room.say(*["chat"] * 70)
+        await cut.happens()
+    await arrives(people.account, room.room_id, late)
+    await room.say(*["chat"] * 15)  # The timeline has only the last of them.
+    await proxied_bot.start()
+    assert await room.replies(1) == ["late"]
 
 
 @pytest.mark.parametrize("is_killed", [False, True])

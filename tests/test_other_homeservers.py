@@ -3,7 +3,7 @@
 import pytest
 import support.proxy as faults
 from support.bot import eventually
-from support.proxy import JOIN, SEND
+from support.proxy import JOIN, POLL, SEND
 from support.scripted import ALICE, CONDUIT, DENDRITE, FAMILIES, Manners, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
@@ -55,6 +55,23 @@ async def test_kills(manners: Manners) -> None:
             await field.bot.start()
         for room in rooms:
             await room.answers(*range(60))
+
+
+@families
+async def test_commands_from_before_the_first_start_are_not_answered(manners: Manners) -> None:
+    """Neither then nor when a gap is read back to where they are."""
+    async with field_of(manners, timeline_limit=10) as field:
+        room = field.server.room()
+        room.command("old")
+        await field.bot.run()
+        room.say("chat")
+        await field.proxy.counts(POLL, field.proxy.count(POLL) + 2)
+        await field.bot.kill()
+        room.command(*range(12))
+        await field.bot.start()
+        await room.answers(*range(12))
+        room.command("after")
+        await room.answers(*range(12), "after")
 
 
 @families

@@ -68,6 +68,7 @@ async def test_invited_again_is_followed_within_seconds(repeats: bool) -> None:
     """Whatever became of an earlier invitation, and of a reply that the room still owes."""
     await together(
         invited_again_unseen(repeats),
+        invited_again_within_one_poll(repeats),
         invited_again_while_a_reply_is_repeated(repeats),
         *(invited_after(end, repeats) for end in ("given up", "withdrawn", "followed")),
     )
@@ -90,6 +91,24 @@ async def invited_again_unseen(repeats: bool) -> None:
             room.set_membership("invite", ALICE)
             room.command("invited")
         await room.answers("first", "before the kick", "invited", seconds=10)
+
+
+async def invited_again_within_one_poll(repeats: bool) -> None:
+    """Kicked and invited again before a response without the first invitation."""
+    async with field_of(repeats_invitations=repeats) as field:
+        room = field.server.room("leave")
+        await field.bot.run()
+        await field.proxy.counts(POLL, 1)
+        may_come = asyncio.Event()
+        with field.proxy.inject(faults.hold(may_come.wait), POLL) as held:
+            room.set_membership("invite", ALICE)
+            await field.bot.logs("Joined")
+            await held.happens()
+            room.set_membership("leave", ALICE)
+            room.set_membership("invite", ALICE)
+            room.command("invited")
+            may_come.set()
+            await room.answers("invited", seconds=10)
 
 
 async def invited_again_while_a_reply_is_repeated(repeats: bool) -> None:
@@ -129,6 +148,23 @@ async def invited_after(end: str, repeats: bool) -> None:
             room.set_membership("leave", ALICE)
         # Either will do for what was said when the invitation that was not followed held.
         assert room.replies in (["first", "again", "and again"], ["again", "and again"])
+
+
+async def test_rejection_ends_with_the_next_invitation() -> None:
+    """One that is repeated while somebody else invites the bot does not take it out of the room."""
+    async with field_of(speed=60) as field:
+        field.bot.environment["MATRIX_INVITERS"] = ALICE
+        room = field.server.room("leave")
+        await field.bot.run()
+        with field.proxy.inject(faults.bad_gateway, LEAVE) as failing:
+            room.set_membership("invite", OWNER)
+            await failing.happens(2)
+            room.set_membership("leave", OWNER)
+            await field.proxy.counts(POLL, field.proxy.count(POLL) + 1)
+            await is_followed(field, room, "hello")
+            rejections = failing.happened
+            await asyncio.sleep(2)  # Two minutes, in which it would be repeated.
+            assert failing.happened == rejections
 
 
 async def is_followed(field: Field, room: Room, text: str) -> None:
