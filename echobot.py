@@ -41,7 +41,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -165,7 +165,7 @@ async def sync_forever(client: "Client") -> None:
 async def poll(client: "Client") -> Any:
     """Return what came after next_batch, or forget that if it is refused for long."""
     since, hold = client.state.next_batch, client.hold
-    # Another one until a sync succeeds: a failure may be cached.
+    # A short one, another each time, until a sync succeeds: a failure may be cached.
     client.hold = random.randrange(1, 1000)
     try:
         response = await client.sync(hold, sync_filter(since), since)
@@ -174,7 +174,7 @@ async def poll(client: "Client") -> Any:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
         client.refusals = client.refusals + 1 if is_refused else 0
-        if client.refusals == 10:  # after a minute or two of pauses
+        if client.refusals == 10:  # That took a minute or two of growing delays.
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             client.state.next_batch = ""
         raise
@@ -269,7 +269,8 @@ async def answer_room(room: Room) -> None:
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
     done = replied(room, events).union(room.answered)
-    # Without unsigned.membership, follow the changes; before the first one, it is the opposite.
+    # Not every homeserver tells the membership at each event: follow the changes of it. Before
+    # the first one it was the opposite: "leave" if that is an invitation or a join.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
@@ -310,7 +311,7 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            name = room.id  # A second one is dropped for a time.
+            name = room.id  # After a restart the homeserver drops a second notice, by its ID.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = [event["content"].get(key) for key in ("formatted_body", "format")]
             source = {**event, "room_id": room.id}
@@ -351,28 +352,24 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
-    """Return what came between two positions, oldest first."""
+    """Return what came between two positions, oldest first.
+
+    The pages go from upto back to the oldest of what was known at since; or, if the bot was not in
+    the room then, to the beginnings of what it may answer.
+    """
     known = await known_at(room, since) if since else []
-    ends = set(known)
-    read, position, stalled = Events(), upto, 0  # newest first
-    while position and stalled < 100:
-        page, before = await read_page(room, position, 100)
-        # A homeserver's worker that lags leaves a hole before the timeline.
-        is_hole = not read and timeline and not page.keys() & timeline.keys()
-        stalled = stalled + 1 if is_hole or page.keys() <= read.keys() else 0
-        await asyncio.sleep(min(stalled / 4, 1))
-        if is_hole and stalled < 9:
-            continue
-        position = before
+    ends, read = set(known), Events()  # newest first
+    async for page in pages_before(room, upto, timeline):
         read |= page
         if not known:
             ends |= beginnings(room, page)
-        # To the oldest known one: what comes late from other homeservers has its place among them.
+        # Not to the newest known: what comes late from other homeservers has its place below it.
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
     order = list(read)
     del order[max(map(order.index, read.keys() & ends), default=len(order)) + 1 :]
-    # The known end at what is new or answered: above that, they may have been fetched only lately.
+    # Leave out what was known, up to the first that is new or answered: what stands above that may
+    # have been fetched from other homeservers later, though it seems as old as the rest.
     answered = replied(room, read).union(room.answered)
     while order and order[-1] in known and order[-1] not in answered:
         order.pop()
@@ -381,8 +378,8 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
 
 
 async def known_at(room: Room, position: str) -> list[str]:
-    """Return up to 100 event IDs that were there at a position, newest first; none from outside."""
-    # The newest alone first: reading 100 makes Synapse fetch others, which then seem old.
+    """Return 100 event IDs at most from before a position, newest first; none from outside."""
+    # First the newest alone: to read 100, Synapse may fetch newer ones, which then seem older.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
     order = list(page)
@@ -397,6 +394,22 @@ def beginnings(room: Room, page: Events) -> set[str]:
     out = {i for i in page if part(page[i], "unsigned", "membership") == "leave"}
     invited = {i for i in page if own_membership(room, page[i]) == "invite"}
     return out | invited | replied(room, page)
+
+
+async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIterator[Events]:
+    """Yield pages of the events before a position, newest first, as long as they have new ones."""
+    seen, stalled = set[str](), 0
+    while position and stalled < 100:
+        page, before = await read_page(room, position, 100)
+        # The timeline should come first: a homeserver's worker that lags leaves a hole there.
+        is_hole = not seen and timeline and not page.keys() & timeline.keys()
+        stalled = stalled + 1 if is_hole or page.keys() <= seen else 0
+        await asyncio.sleep(min(stalled / 4, 1))
+        if is_hole and stalled < 9:
+            continue
+        position = before
+        seen |= page.keys()
+        yield page
 
 
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
