@@ -26,7 +26,8 @@ time.time = lambda: right() + float(open({path!r}).read())
 # in each file what it had when it was. With CUT in the environment, power fails before the
 # operation of that number.
 DISK = """
-import os, signal, stat, tempfile
+import os, signal, stat, tempfile, threading
+one_at_a_time = threading.Lock()  # Two files may be written at the same time.
 directory, disk, cut = {state!r}, {disk!r}, int(os.environ.get("CUT", "0"))
 fsync, replace, names, contents, operations = os.fsync, os.replace, dict(), dict(), 0
 
@@ -51,12 +52,13 @@ def leave_what_is_sure():
 def counted(function):
     def call(*arguments):
         global operations
-        operations += 1
-        leave_what_is_sure()
-        if operations == cut:
-            os.kill(os.getpid(), signal.SIGKILL)
-        function(*arguments)
-        leave_what_is_sure()
+        with one_at_a_time:
+            operations += 1
+            leave_what_is_sure()
+            if operations == cut:
+                os.kill(os.getpid(), signal.SIGKILL)
+            function(*arguments)
+            leave_what_is_sure()
     return call
 
 def write_through(descriptor):
