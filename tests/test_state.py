@@ -127,7 +127,8 @@ async def test_unusable_next_batch_is_replaced_by_now(
         await bot.saves(other_than=before)
         said.append(f"new after {content!r}")
         await room.command(said[-1])
-        assert await room.replies(len(said)) == said
+        got = await room.replies(len(said))
+        assert got == said, bot.log[-6000:]
         errors = [line for line in bot.log.splitlines() if " ERROR " in line]
         assert len(errors) == len(said) - 1
         assert "next_batch" in errors[-1]
@@ -198,7 +199,8 @@ async def test_broken_session_is_replaced_and_no_command_is_lost(
         said.append(f"after {content!r}")
         await room.command(said[-1])
         await bot.start()
-        assert await room.replies(len(said)) == said
+        got = await room.replies(len(said))
+        assert got == said, bot.log[-6000:]
         assert bot.log.count("Logged in as") == len(said)
         assert bot.session["user_id"] == room.bot_id
         assert await bot.stop() == 0
