@@ -524,7 +524,7 @@ class Client(AsyncClient):
         user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
         self.password, self.given_token = setting("MATRIX_PASSWORD"), setting("MATRIX_ACCESS_TOKEN")
         if not user or not (self.password or self.given_token):
-            stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set")
+            stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
         super().__init__("", user)
         form = r"""[ ,]*((?=[^ ,]*[:*])[@*?[][^@;'"\s,]*([ ,]+|$))+"""
         inviters = setting("MATRIX_INVITERS", "*", form, "@me:example.org @*:example.com")
@@ -699,6 +699,6 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["--help"], ["-h"]):
         print(Path(__file__).read_text().split('"""')[1])  # __doc__ is None under -OO.
     elif sys.argv[1:]:
-        stop(2, "takes no arguments but --help")
+        stop(2, "takes no arguments but --help; settings are environment variables")
     else:
         asyncio.run(main())
