@@ -40,7 +40,6 @@ import socket
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -61,7 +60,7 @@ MAX_DELAY = 60  # s between two attempts
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
-MAX_REMEMBERED = 1000  # events of a room
+MAX_REMEMBERED = 1000  # events of a room, or 100 more
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by nio's name of the response.
@@ -234,13 +233,13 @@ class Room:
 
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.id, self.events = client, room_id, Events()
-        self.answered = deque[str](maxlen=MAX_REMEMBERED)  # IDs that later timelines may repeat
+        self.answered: dict[str, None] = {}  # event IDs: later timelines may repeat them
 
 
 def hear(room: Room, timeline: JSON, since: str) -> Task | None:
     """Have a room answer what came since a position; return its task if that is news."""
     state, events = room.client.state, by_id(timeline, "events")
-    is_new = events.keys() - {*room.events, *room.answered}
+    is_new = any(i not in room.events and i not in room.answered for i in events)
     state.behind.setdefault(room.id, since)
     is_limited = part(timeline, "limited", kind=bool) or len(room.events) > MAX_REMEMBERED
     room.events = events if is_limited else room.events | events
@@ -268,7 +267,7 @@ async def answer_room(room: Room) -> None:
 
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
-    done = replied(room, events).union(room.answered)
+    room.answered |= dict.fromkeys(replied(room, events))
     # Not every homeserver tells the membership at each event: follow the changes of it. Before
     # the first one it was the opposite: "leave" if that is an invitation or a join.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
@@ -277,12 +276,14 @@ async def answer_events(room: Room, events: Events) -> None:
         membership = own_membership(room, event) or membership
         at_event = part(event, "unsigned", "membership") or membership
         try:
-            if event_id not in done and at_event in ("invite", "join"):
+            if event_id not in room.answered and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.id, frames)
-        room.answered.append(event_id)
+        room.answered[event_id] = None
+    if len(room.answered) > MAX_REMEMBERED + 100:
+        room.answered = dict.fromkeys(list(room.answered)[-MAX_REMEMBERED:])
 
 
 def replied(room: Room, events: Events) -> set[str]:
@@ -370,7 +371,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     del order[max(map(order.index, read.keys() & ends), default=len(order)) + 1 :]
     # Leave out what was known, up to the first that is new or answered: what stands above that may
     # have been fetched from other homeservers later, though it seems as old as the rest.
-    answered = replied(room, read).union(room.answered)
+    answered = replied(room, read) | room.answered.keys()
     while order and order[-1] in known and order[-1] not in answered:
         order.pop()
     not_read = {i: event for i, event in timeline.items() if i not in read}
@@ -524,7 +525,7 @@ class Client(AsyncClient):
         user = setting("MATRIX_USER", "", rf"(@[!-9;-~]*:{HOST})?", "@bot:example.org")
         self.password, self.given_token = setting("MATRIX_PASSWORD"), setting("MATRIX_ACCESS_TOKEN")
         if not user or not (self.password or self.given_token):
-            stop(78, "MATRIX_USER and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN must be set; see --help")
+            stop(78, "set MATRIX_USER, and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN; see --help")
         super().__init__("", user)
         form = r"""[ ,]*((?=[^ ,]*[:*])[@*?[][^@;'"\s,]*([ ,]+|$))+"""
         inviters = setting("MATRIX_INVITERS", "*", form, "@me:example.org @*:example.com")
