@@ -82,6 +82,7 @@ class Bot:
         self.directory = directory
         self.state = directory / "state"
         self.state.mkdir(exist_ok=True)
+        self.may_be_forked = True  # else it takes as long to start as it does for people
         self.python = Path(sys.executable)
         self.script = ECHOBOT
         self.environment = {
@@ -106,6 +107,7 @@ class Bot:
         first = FAST_CLOCK.format(speed=self.speed) if self.speed != 1 else ""
         first += self.customize
         is_usual = self.python == Path(sys.executable) and not arguments and not options
+        is_usual &= self.may_be_forked
         # Others, as SSL_CERT_FILE, may be for what is imported.
         names = [name for name in self.environment if not name.lower().endswith("_proxy")]
         is_usual &= all(name.startswith(SETTINGS) for name in names)
