@@ -150,7 +150,7 @@ async def sync_forever(client: "Client") -> None:
         if not older:  # Up to this first response, all replies of earlier lives can be seen.
             notify("READY=1")
             for room_id in state.behind:
-                hear(client.room(room_id), {"limited": True}, since)
+                hear(client.room(room_id), {"limited": True}, since)  # from the saved position
             older = asyncio.create_task(guarded(follow_older(client)))
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
@@ -164,7 +164,7 @@ async def sync_forever(client: "Client") -> None:
 async def poll(client: "Client") -> Any:
     """Return what came after next_batch, or forget that if it is refused for long."""
     since, hold = client.state.next_batch, client.hold
-    # A short one, another each time, until a sync succeeds: a failure may be cached.
+    # Until one succeeds: short, and a new URL each time, as a failure may be cached.
     client.hold = random.randrange(1, 1000)
     try:
         response = await client.sync(hold, sync_filter(since), since)
@@ -268,8 +268,8 @@ async def answer_room(room: Room) -> None:
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
     room.answered |= dict.fromkeys(replied(room, events))
-    # Not every homeserver tells the membership at each event: follow the changes of it. Before
-    # the first one it was the opposite: "leave" if that is an invitation or a join.
+    # Not every homeserver tells the bot's membership at each event; then follow its changes.
+    # Before a first change to invite or join it was out, before any other it was in.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
@@ -312,7 +312,7 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            name = room.id  # After a restart the homeserver drops a second notice, by its ID.
+            name = room.id  # A second notice, after a restart, is dropped for a while.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = [event["content"].get(key) for key in ("formatted_body", "format")]
             source = {**event, "room_id": room.id}
@@ -444,7 +444,7 @@ async def accept(room: Room, invited: JSON) -> None:
             log.info("Joined %s, invited by %s", room.id, inviter)
             client.invited.discard(room.id)  # The next one is new.
             return
-    room.has_gap = False
+    room.has_gap = False  # Not joined: there is nothing to read or answer.
     if not room.answering:
         client.state.behind.pop(room.id, None)
 
@@ -494,7 +494,7 @@ def gives_up(room: Room, failure: "Failure") -> bool:
 class Failure(Exception):
     """A request that failed; its text says why, and quotes no message."""
 
-    status = 0  # of HTTP; 429, as for a limit, if a person has to mend the account
+    status = 0  # of HTTP; 429 for BLOCKED too: wait, never give up
     refusal = 0  # the status, if it is the homeserver that says no
     retry_after = 0.0  # s, as told
 
