@@ -162,7 +162,7 @@ async def sync_forever(client: "Client") -> None:
 
 
 async def poll(client: "Client") -> Any:
-    """Return what came after next_batch, or forget that if it is refused for long."""
+    """Return what came after next_batch; forget that once it is refused for a minute."""
     since, hold = client.state.next_batch, client.hold
     # Until one succeeds: short, and a new URL each time, as a failure may be cached.
     client.hold = random.randrange(1, 1000)
@@ -172,12 +172,12 @@ async def poll(client: "Client") -> Any:
         if failure.refusal == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
         is_refused = since and failure.refusal in (400, 404)
-        client.refusals = client.refusals + 1 if is_refused else 0
-        if client.refusals == 10:  # That took a minute or two of growing delays.
+        client.refused_since = min(client.refused_since, time.monotonic()) if is_refused else NEVER
+        if time.monotonic() - client.refused_since >= 60:
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             client.state.next_batch = ""
         raise
-    client.hold, client.refusals = SYNC_TIMEOUT, 0
+    client.hold, client.refused_since = SYNC_TIMEOUT, NEVER
     return response
 
 
@@ -213,9 +213,8 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     client.invited = set(invited)
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
-    timelines = {i: part(joined, i, "timeline", kind=dict) for i in joined}
-    tasks = [hear(client.room(i), timelines[i], since) for i in timelines]
-    return [task for task in tasks if task]
+    heard = [hear(client.room(i), part(joined, i, "timeline", kind=dict), since) for i in joined]
+    return [task for task in heard if task]
 
 
 class Room:
@@ -368,9 +367,10 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
     order = list(read)
-    del order[max(map(order.index, read.keys() & ends), default=len(order)) + 1 :]
-    # Leave out what was known, up to the first that is new or answered: what stands above that may
-    # have been fetched from other homeservers later, though it seems as old as the rest.
+    oldest = max(map(order.index, read.keys() & ends), default=len(order))
+    order = order[: oldest + 1]
+    # Leave out the known, up to the first that is new or answered: what is above that may have been
+    # fetched from other homeservers later, though it seems as old as the rest.
     answered = replied(room, read) | room.answered.keys()
     while order and order[-1] in known and order[-1] not in answered:
         order.pop()
@@ -402,7 +402,7 @@ async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIter
     seen, stalled = set[str](), 0
     while position and stalled < 100:
         page, before = await read_page(room, position, 100)
-        # The timeline should come first: a homeserver's worker that lags leaves a hole there.
+        # The timeline should come first: a worker that lags leaves a hole there.
         is_hole = not seen and timeline and not page.keys() & timeline.keys()
         stalled = stalled + 1 if is_hole or page.keys() <= seen else 0
         await asyncio.sleep(min(stalled / 4, 1))
@@ -434,7 +434,7 @@ async def accept(room: Room, invited: JSON) -> None:
     client, inviter = room.client, ""
     room.failing_since = NEVER
     for event in part(invited, "invite_state", "events", kind=list):
-        if own_membership(room, event):
+        if part(event, "state_key") == client.user_id:
             inviter = part(event, "sender")  # The bot's own homeserver puts the true one last.
     async with client.join_slots:
         if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
@@ -444,7 +444,7 @@ async def accept(room: Room, invited: JSON) -> None:
             log.info("Joined %s, invited by %s", room.id, inviter)
             client.invited.discard(room.id)  # The next one is new.
             return
-    room.has_gap = False  # Not joined: there is nothing to read or answer.
+    room.has_gap = False  # Not joined: nothing to read or answer.
     if not room.answering:
         client.state.behind.pop(room.id, None)
 
@@ -468,7 +468,7 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
             return None
         if str(failure) != cause:
             cause = str(failure)
-            tell = log.info if failure.retry_after else log.warning
+            tell = log.info if failure.status == 429 and failure.retry_after else log.warning
             tell("Trouble with %s: %s; trying again", what, cause)
         is_quick = time.monotonic() - began < 5  # Else it was pause enough.
         delay = min(2 * delay, MAX_DELAY) if is_quick else 0.25
@@ -505,7 +505,7 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     errcode, error = part(content, "errcode"), part(content, "error")
     cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
-    failure.status = 429 if errcode in BLOCKED else status
+    failure.status = 429 if errcode in BLOCKED and status in (401, 403) else status
     if errcode and 400 <= status < 500:  # What stands before a homeserver has no errcode.
         failure.refusal = failure.status
     told, now = headers.get("Retry-After", ""), headers.get("Date", "")
@@ -536,8 +536,8 @@ class Client(AsyncClient):
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
-        self.hold, self.refusals = random.randrange(1, 1000), 0  # of the next poll, of next_batch
-        self.synced_for = 0.0  # s; a clock that stops in an outage
+        self.hold = random.randrange(1, 1000)  # ms, of the next poll
+        self.refused_since, self.synced_for = NEVER, 0.0  # s; the latter stops in an outage
         # nio's session has 100 connections: as many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -592,7 +592,7 @@ async def discover(client: Client) -> str:
         return str(part(await client.discovery_info(), "m.homeserver", "base_url") or last)
     except Failure as failure:
         own = f"https://{name}" if failure.status == 404 else ""
-        for url in filter(None, (last, own)):  # It may work again soon.
+        for url in filter(None, (last, own)):  # It may have failed for a moment.
             client.use(url)
             with suppress(Failure):
                 await client.login_info()
