@@ -483,6 +483,7 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
 def gives_up(room: Room, failure: "Failure") -> bool:
     """Tell whether to give up: a message is refused for itself, or its room fails for long."""
     if failure.status == 429:
+        room.failing_since = NEVER  # To wait is not to fail.
         return False
     if failure.refusal in (400, 413):
         return True

@@ -131,6 +131,29 @@ async def limit_is_waited_out(pattern: str, limit: Fault) -> None:
         await field.bot.logs("No more trouble with")
 
 
+async def test_failures_before_and_after_a_limit_are_not_one_trouble() -> None:
+    """A reply that fails, is limited for eleven minutes and fails once more is not given up."""
+    statuses: list[int] = []
+    began = 0.0
+
+    async def refuse(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        nonlocal began
+        began = began or field.now()
+        is_limited = statuses and field.now() - began < 660
+        statuses.append(429 if is_limited else 500)
+        fault = faults.rate_limited(60_000) if is_limited else faults.internal_error
+        return await fault(proxy, request)
+
+    async with field_of(speed=120) as field:
+        await field.bot.run()
+        room = field.server.room()
+        with field.proxy.inject(refuse, SEND):
+            room.command("hello")
+            await eventually(lambda: statuses.count(500) == 2, what="a failure after the limit")
+        await room.answers("hello")
+        assert statuses.count(429) > 3
+
+
 async def test_what_retry_after_may_hold_is_understood() -> None:
     """Seconds or a date, with 429 as with 503; what is neither counts as no time told."""
     await together(
