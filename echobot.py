@@ -149,8 +149,9 @@ async def sync_forever(client: "Client") -> None:
         state.next_batch = response["next_batch"]
         if not older:  # Up to this first response, all replies of earlier lives can be seen.
             notify("READY=1")
-            for room_id in state.behind:
-                hear(client.room(room_id), {"limited": True}, since)  # from the saved position
+            # From the saved position; rooms that the bot is only invited to have no timeline yet.
+            for room_id in state.behind.keys() - part(response, "rooms", "invite", kind=dict):
+                hear(client.room(room_id), {"limited": True}, since)
             older = asyncio.create_task(guarded(follow_older(client)))
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
@@ -163,9 +164,9 @@ async def sync_forever(client: "Client") -> None:
 
 async def poll(client: "Client") -> Any:
     """Return what came after next_batch; forget that once it is refused for a minute."""
-    since, hold = client.state.next_batch, client.hold
-    # Until one succeeds: short, and a new URL each time, as a failure may be cached.
-    client.hold = random.randrange(1, 1000)
+    # After a failure short, and with a new URL each time, as failures may be cached.
+    since, hold = client.state.next_batch, client.hold or random.randrange(1, 1000)
+    client.hold = 0
     try:
         response = await client.sync(hold, sync_filter(since), since)
     except Failure as failure:
@@ -194,8 +195,9 @@ def sync_filter(since: str) -> JSON:
 
 async def follow_older(client: "Client") -> None:
     """Follow the invitations from before the saved position."""
-    what, hold = "the sync for older invitations", random.randrange(1, 1000)
-    hand_out(client, await persist(lambda: client.sync(hold, sync_filter("")), what), "")
+    what = "the sync for older invitations"
+    sync = await persist(lambda: client.sync(random.randrange(1, 1000), sync_filter("")), what)
+    hand_out(client, sync, "")
 
 
 def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
@@ -208,8 +210,8 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
         if room.joining:  # an earlier invitation
             room.joining.cancel()
         room.joining = asyncio.create_task(guarded(accept(room, invited[room_id])))
-        room.has_gap = True  # Its first timeline may begin after the invitation.
-        client.state.behind.setdefault(room_id, since)
+        # Its first timeline may begin after the invitation.
+        room.has_gap, room.since = True, client.state.behind.setdefault(room_id, since)
     client.invited = set(invited)
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
@@ -218,12 +220,12 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
 
 
 class Room:
-    """A room, and what it has still to answer: `events`, up to the position `upto`.
+    """A room, and what waits to be answered: `events`, from the position `since` up to `upto`.
 
-    If `has_gap`, more has to be read back, from the room's position in State.behind on.
+    If `has_gap`, they do not reach back to `since`: the rest has to be read.
     """
 
-    upto, has_gap = "", False
+    since, upto, has_gap = "", "", False
     answering: Task | None = None
     joining: Task | None = None
     sending = ""  # the last transaction ID
@@ -248,17 +250,17 @@ def hear(room: Room, timeline: JSON, since: str) -> Task | None:
 
 
 async def answer_room(room: Room) -> None:
-    """Answer all that a room hears; its position stays while what is next has a gap."""
+    """Answer all that a room hears, and note the position up to which that is done."""
     behind = room.client.state.behind
     async with room.client.slots:
         while upto := room.upto:
             events, has_gap = room.events, room.has_gap
-            room.events, room.upto, room.has_gap = Events(), "", False
+            # What is heard meanwhile waits for the next turn.
+            room.events, room.since, room.upto, room.has_gap = Events(), upto, "", False
             if has_gap:
                 events = await read_back(room, behind[room.id], upto, events)
             await answer_events(room, events)
-            if not room.has_gap:
-                behind[room.id] = upto
+            behind[room.id] = room.since  # An invitation has set it back.
         room.answering = None
         if not room.has_gap:
             del behind[room.id]
@@ -366,16 +368,20 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         # Not to the newest known: what comes late from other homeservers has its place below it.
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
+    # The timeline may have what is on no page yet, or came late to a place below the known. But
+    # what it has before the beginnings is history.
+    last = max((n for n, i in enumerate(timeline) if i in read and not known), default=-1)
     order = list(read)
     oldest = max(map(order.index, read.keys() & ends), default=len(order))
     order = order[: oldest + 1]
+    came = {i: read[i] for i in order}
+    more = {i: timeline[i] for i in list(timeline)[last + 1 :] if i not in came}
     # Leave out the known, up to the first that is new or answered: what is above that may have been
     # fetched from other homeservers later, though it seems as old as the rest.
     answered = replied(room, read) | room.answered.keys()
     while order and order[-1] in known and order[-1] not in answered:
         order.pop()
-    not_read = {i: event for i, event in timeline.items() if i not in read}
-    return {i: read[i] for i in reversed(order)} | not_read
+    return {i: came[i] for i in reversed(order)} | more
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -436,17 +442,19 @@ async def accept(room: Room, invited: JSON) -> None:
     for event in part(invited, "invite_state", "events", kind=list):
         if part(event, "state_key") == client.user_id:
             inviter = part(event, "sender")  # The bot's own homeserver puts the true one last.
+    is_welcome = any(fnmatchcase(inviter, pattern) for pattern in client.inviters)
     async with client.join_slots:
-        if not any(fnmatchcase(inviter, pattern) for pattern in client.inviters):
-            await persist(lambda: client.room_leave(room.id), f"leaving {room.id}", room)
-            log.info("Did not follow the invitation of %s to %s", inviter, room.id)
-        elif await persist(lambda: client.join(room.id), f"joining {room.id}", room):
-            log.info("Joined %s, invited by %s", room.id, inviter)
-            client.invited.discard(room.id)  # The next one is new.
-            return
-    room.has_gap = False  # Not joined: nothing to read or answer.
-    if not room.answering:
-        client.state.behind.pop(room.id, None)
+        if is_welcome:
+            done = await persist(lambda: client.join(room.id), f"joining {room.id}", room)
+        else:
+            done = await persist(lambda: client.room_leave(room.id), f"leaving {room.id}", room)
+    if done is not None:
+        log.info("%s %s, invited by %s", "Joined" if is_welcome else "Left", room.id, inviter)
+        client.invited.discard(room.id)  # The next one is new.
+    if not (is_welcome and done):
+        room.has_gap = False  # Not joined: nothing to read or answer.
+        if not room.answering:
+            client.state.behind.pop(room.id, None)
 
 
 async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
@@ -510,7 +518,7 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     if errcode and 400 <= status < 500:  # What stands before a homeserver has no errcode.
         failure.refusal = failure.status
     told, now = headers.get("Retry-After", ""), headers.get("Date", "")
-    seconds: float = min(part(content, "retry_after_ms", kind=int), 10**6) / 1000
+    seconds = max(0.0, min(part(content, "retry_after_ms", kind=int), 10**6)) / 1000
     with suppress(ValueError):
         seconds = seconds or float(told)
     with suppress(ValueError, TypeError):  # A date counts by the server's clock: ours may be wrong.
@@ -537,7 +545,7 @@ class Client(AsyncClient):
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
-        self.hold = random.randrange(1, 1000)  # ms, of the next poll
+        self.hold = 0  # ms, of the next poll
         self.refused_since, self.synced_for = NEVER, 0.0  # s; the latter stops in an outage
         # nio's session has 100 connections: as many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()

@@ -7,8 +7,8 @@ import pytest
 import support.proxy as faults
 from support.bot import Bot, eventually
 from support.people import People, Room
-from support.proxy import JOIN, Proxy
-from support.scripted import ALICE, field_of
+from support.proxy import JOIN, POLL, Proxy
+from support.scripted import ALICE, DENDRITE, field_of
 
 
 @pytest.mark.dendrite
@@ -92,7 +92,7 @@ async def test_only_allowed_inviters_are_followed(
     if not is_running:
         await bot.run()
     await rejected.bot_is("leave")
-    await bot.logs(f"Did not follow the invitation of {mallory.user_id} to {rejected.room_id}")
+    await bot.logs(f"Left {rejected.room_id}, invited by {mallory.user_id}")
     await accepted.command("hello")
     assert await accepted.replies(1) == ["hello"]
 
@@ -137,3 +137,23 @@ async def test_inviter_is_who_invited_not_who_else_is_in_the_room() -> None:
             rooms[ALICE].command("hello")
             await rooms[ALICE].answers("hello")
             await eventually(lambda: rooms[mallory].membership == "leave")
+
+
+async def test_join_that_hangs_where_invitations_are_repeated() -> None:
+    """After a kill amid the join, the first timeline of 10 begins long after the invitation."""
+    async with field_of(DENDRITE, repeats_invitations=True, limits_first_timeline=False) as field:
+        room = field.server.room("leave")
+        await field.bot.run()
+        until = asyncio.Event()
+        with field.proxy.inject(faults.hold(until.wait), JOIN) as joining:
+            room.command("old")
+            room.set_membership("invite", ALICE)
+            room.command(*range(12))
+            await joining.happens()
+            await field.proxy.counts(POLL, field.proxy.count(POLL) + 2)
+            await field.bot.kill()
+            await field.bot.start()
+            await joining.happens(2)
+            await field.proxy.counts(POLL, field.proxy.count(POLL) + 2)
+            until.set()
+        await room.answers(*range(12))

@@ -174,3 +174,19 @@ async def test_encrypted_room_is_told_once_what_to_do(manners: Manners) -> None:
         await eventually(lambda: len(room.replies) > 3)
         assert room.replies[1:] == ["0", "1", "2"]
         assert field.proxy.count(SEND) == 4
+
+
+@families
+async def test_first_timeline_reaches_far_into_what_precedes_the_invitation(
+    manners: Manners,
+) -> None:
+    """Of 250 old commands, more than a page has, none is answered; what follows is, once."""
+    async with field_of(manners, timeline_limit=1000) as field:
+        room = field.server.room("leave")
+        await field.bot.run()
+        room.command(*[f"old {n}" for n in range(250)])
+        room.set_membership("invite", ALICE)
+        room.command(*range(3))
+        await room.answers(*range(3))
+        room.command("after")
+        await room.answers(*range(3), "after")

@@ -133,6 +133,29 @@ async def test_kicked_and_invited_again_in_one_downtime(manners: Manners, is_lim
 
 
 @families
+async def test_room_with_a_gap_moves_on_with_each_reply(manners: Manners) -> None:
+    """What was answered when a limited timeline came is not read again, nor after a kill."""
+    async with field_of(manners, timeline_limit=10) as field:
+        room = field.server.room()
+        await field.bot.run()
+        may_send = asyncio.Event()
+        with field.proxy.inject(faults.hold(may_send.wait), SEND, times=1) as sending:
+            room.command("first")
+            await sending.happens()
+            position = field.server.position
+            room.command(*range(12))
+            await is_past(field, field.server.position)
+            with field.proxy.inject(faults.silence, SEND) as hanging:
+                may_send.set()
+                await hanging.happens()
+                saved = field.bot
+                await eventually(lambda: saved.unfinished.get(room.room_id) == f"s{position}")
+                await field.bot.kill()
+        await field.bot.start()
+        await room.answers("first", *range(12))
+
+
+@families
 async def test_invited_again_while_a_reply_is_sent(manners: Manners) -> None:
     """What is said before the join counts, though the room had a reply to wait for in between."""
     sent, may_join = asyncio.Event(), asyncio.Event()

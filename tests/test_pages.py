@@ -1,5 +1,7 @@
 """What a limited timeline leaves out is read, whatever the homeserver's pages are like."""
 
+from typing import Any
+
 import support.proxy as faults
 from aiohttp import web
 from support.bot import together
@@ -226,3 +228,32 @@ async def bytes_cost_at_most_their_event(odd: bytes) -> None:
             await field.bot.start()
             await room.answers("live", *range(14))
             assert sum(spoilt) >= 2
+
+
+async def test_late_event_whose_place_is_below_all_that_was_known() -> None:
+    """It comes with the timeline, and the page that ends with the known has it still below."""
+    kinds = (SYNAPSE, DENDRITE, CONDUIT)
+    await together(*(late_event_is_answered(manners) for manners in kinds))
+
+
+async def late_event_is_answered(manners: Manners) -> None:
+    """Assert that on one homeserver."""
+
+    def move(page: Any) -> Any:
+        if len(page["chunk"]) > 12:  # not what was known, which is a few
+            late = [event for event in page["chunk"] if "late" in str(event["content"])]
+            page["chunk"] = [event for event in page["chunk"] if event not in late] + late
+            moved.extend(late)
+        return page
+
+    moved: list[JSON] = []
+    async with field_of(manners, timeline_limit=10) as field:
+        room = field.server.room()
+        room.say("known")
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(12), "late", "last")
+        with field.proxy.inject(faults.rewrite(move), MESSAGES):
+            await field.bot.start()
+            await room.answers(*range(12), "last", "late")
+        assert moved

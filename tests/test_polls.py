@@ -1,6 +1,7 @@
 """Polls that fail, hurry or bring nothing cost no command, no rush and no time."""
 
 import asyncio
+import re
 import socket
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,9 @@ async def goes_on(trouble: Fault) -> None:
             await failing.happens()
             if trouble is faults.silence:
                 return
+            await failing.happens(3)
+        asked = [request for request in field.proxy.requests if re.search(FIRST_SYNC, request)]
+        assert len(set(asked)) > 2, "a failure may be cached"
         await invited.answers("invited")
 
 

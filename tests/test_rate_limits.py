@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator
 from email.utils import formatdate
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import support.proxy as faults
@@ -161,12 +162,16 @@ async def test_what_retry_after_may_hold_is_understood() -> None:
         *(retry_is_after(3, None, status) for status in (429, 503)),
         *(
             retry_is_after(0, odd, 429)
-            for odd in ("soon", "-7", "", "Sun, 06 Nov 1994 08:49:37 GMT")
+            for odd in ("soon", "-7", "nan", "", "Sun, 06 Nov 1994 08:49:37 GMT")
         ),
+        *(retry_is_after(0, "", 429, ms) for ms in (-(10**400), -1, True, "3000", [3000])),
+        retry_is_after(120, "", 429, 10**400, speed=120),
     )
 
 
-async def retry_is_after(seconds: int, told: str | None, status: int) -> None:
+async def retry_is_after(
+    seconds: int, told: str | None, status: int, ms: Any = None, speed: int = 1
+) -> None:
     """Assert that a send is repeated after so many s if that is told, or (None) as a date."""
     told_at = 0.0
 
@@ -176,13 +181,14 @@ async def retry_is_after(seconds: int, told: str | None, status: int) -> None:
         # A date has no fractions: it may be up to a second less.
         date = formatdate(told_at + seconds + 0.9, usegmt=True)
         headers = {"Retry-After": date if told is None else told}
-        return web.json_response({"errcode": "M_LIMIT_EXCEEDED"}, status=status, headers=headers)
+        limit = {"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": ms}
+        return web.json_response(limit, status=status, headers=headers)
 
-    async with field_of() as field:
+    async with field_of(speed=speed) as field:
         room = field.server.room()
         await field.bot.run()
         with field.proxy.inject(refuse, SEND, times=1) as refused:
             room.command("hello")
             await room.answers("hello", seconds=10)
-            assert seconds - 0.2 < time.time() - told_at < seconds + 3
+            assert seconds - 0.2 < (time.time() - told_at) * speed < seconds + 3 * speed
             assert refused.happened == 1

@@ -69,6 +69,7 @@ async def test_invited_again_is_followed_within_seconds(repeats: bool) -> None:
     await together(
         invited_again_unseen(repeats),
         invited_again_within_one_poll(repeats),
+        invited_again_within_one_poll(repeats, first=OWNER),
         invited_again_while_a_reply_is_repeated(repeats),
         *(invited_after(end, repeats) for end in ("given up", "withdrawn", "followed")),
     )
@@ -93,18 +94,20 @@ async def invited_again_unseen(repeats: bool) -> None:
         await room.answers("first", "before the kick", "invited", seconds=10)
 
 
-async def invited_again_within_one_poll(repeats: bool) -> None:
-    """Kicked and invited again before a response without the first invitation."""
+async def invited_again_within_one_poll(repeats: bool, first: str = ALICE) -> None:
+    """Kicked, or gone, and invited again before a response without the first invitation."""
     async with field_of(repeats_invitations=repeats) as field:
+        field.bot.environment["MATRIX_INVITERS"] = ALICE
         room = field.server.room("leave")
         await field.bot.run()
         await field.proxy.counts(POLL, 1)
         may_come = asyncio.Event()
         with field.proxy.inject(faults.hold(may_come.wait), POLL) as held:
-            room.set_membership("invite", ALICE)
-            await field.bot.logs("Joined")
+            room.set_membership("invite", first)
+            await field.bot.logs("Joined" if first == ALICE else "Left")
             await held.happens()
-            room.set_membership("leave", ALICE)
+            if first == ALICE:
+                room.set_membership("leave", ALICE)
             room.set_membership("invite", ALICE)
             room.command("invited")
             may_come.set()

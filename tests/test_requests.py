@@ -109,7 +109,7 @@ async def have_all_sent(field: Field, recorder: Recorder, directory: Path) -> No
             await field.bot.start()
             await room.answers(*range(12))
             await field.bot.logs("Joined")
-            await field.bot.logs("Did not follow")
+            await field.bot.logs("Left")
             await field.bot.kill()
 
 
