@@ -65,7 +65,8 @@ NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by nio's name of the response.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
-REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
+REQUIRED |= {"RoomSend": "event_id", "Sync": "next_batch"}
+LISTS = {"RoomMessages": "chunk", "JoinedRooms": "joined_rooms"}  # may be empty, or null
 PORT = r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
 HOST = rf"([\w.-]+|\[[\da-fA-F:.]+\])(:({PORT}))?"
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
@@ -149,10 +150,7 @@ async def sync_forever(client: "Client") -> None:
         state.next_batch = response["next_batch"]
         if not older:  # Up to this first response, all replies of earlier lives can be seen.
             notify("READY=1")
-            # From the saved position; rooms that the bot is only invited to have no timeline yet.
-            for room_id in state.behind.keys() - part(response, "rooms", "invite", kind=dict):
-                hear(client.room(room_id), {"limited": True}, since)
-            older = asyncio.create_task(guarded(follow_older(client)))
+            older = asyncio.create_task(guarded(catch_up(client)))
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
         if answering:
@@ -193,8 +191,15 @@ def sync_filter(since: str) -> JSON:
     return {"room": room, "presence": nothing, "account_data": nothing}
 
 
-async def follow_older(client: "Client") -> None:
-    """Follow the invitations from before the saved position."""
+async def catch_up(client: "Client") -> None:
+    """Answer what was owed at the saved position, and follow the invitations from before it."""
+    # Not in rooms that the bot is only invited to: what it reads from outside, Conduit hides later.
+    what = "the list of rooms"
+    rooms = await persist(lambda: client.joined_rooms(), what) if client.state.behind else {}
+    joined = part(rooms, "joined_rooms", kind=list)
+    for room in [client.room(room_id) for room_id in client.state.behind if room_id in joined]:
+        if not room.answering and not room.joining:
+            hear(room, {"limited": True}, "")
     what = "the sync for older invitations"
     sync = await persist(lambda: client.sync(random.randrange(1, 1000), sync_filter("")), what)
     hand_out(client, sync, "")
@@ -225,7 +230,7 @@ class Room:
     If `has_gap`, they do not reach back to `since`: the rest has to be read.
     """
 
-    since, upto, has_gap = "", "", False
+    since, upto = "", ""
     answering: Task | None = None
     joining: Task | None = None
     sending = ""  # the last transaction ID
@@ -234,6 +239,7 @@ class Room:
 
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.id, self.events = client, room_id, Events()
+        self.has_gap = room_id in client.state.behind  # since before the start
         self.answered: dict[str, None] = {}  # event IDs: later timelines may repeat them
 
 
@@ -585,11 +591,11 @@ class Client(AsyncClient):
         content: Any = None
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode(errors="replace"))
-        key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
-        is_page = key == "chunk" and key in part(content, kind=dict)  # may be empty, or null
-        is_complete = not key or part(content, key) or is_page
-        if response.status == 200 and isinstance(content, dict) and is_complete:
-            return content
+        name = response_class.__name__.removesuffix("Response")
+        if response.status == 200 and isinstance(content, dict):
+            key, empty = REQUIRED.get(name), LISTS.get(name)
+            if (not key or part(content, key)) and (not empty or empty in content):
+                return content
         raise failure_of(response, content)
 
 

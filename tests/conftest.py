@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from support.bot import Bot, new_bot
+from support.conduit import CONDUIT, Conduit
 from support.dendrite import DENDRITE, Dendrite
 from support.federation import Federation, running_federation
 from support.homeserver import Homeserver, running, running_homeserver
@@ -24,9 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what is marked so on both homeservers."""
-    if metafunc.definition.get_closest_marker("dendrite"):
-        metafunc.parametrize("homeserver", ["synapse", "dendrite"], indirect=True)
+    """Run what is marked so on each homeserver."""
+    if metafunc.definition.get_closest_marker("others"):
+        metafunc.parametrize("homeserver", ["synapse", "dendrite", "conduit"], indirect=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,6 +50,15 @@ async def dendrite() -> AsyncIterator[Homeserver]:
     if not DENDRITE:
         pytest.skip("ECHOBOT_DENDRITE names no Dendrite, see tests/README.md")
     async with running(Dendrite) as homeserver:
+        yield homeserver
+
+
+@pytest.fixture(scope="session")
+async def conduit() -> AsyncIterator[Homeserver]:
+    """A Conduit."""
+    if not CONDUIT:
+        pytest.skip("ECHOBOT_CONDUIT names no Conduit, see tests/README.md")
+    async with running(Conduit) as homeserver:
         yield homeserver
 
 

@@ -12,7 +12,7 @@ from support.people import People, Room
 from support.proxy import ALL, LOGIN, POLL, REFUSED, SEND, SOFT_LOGOUT, Fault, Proxy
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.parametrize("is_running", [True, False])
 async def test_revoked_token_is_replaced_on_the_same_device(
     people: People, room: Room, bot: Bot, is_running: bool
@@ -47,7 +47,7 @@ def refusal_of(access_token: str, body: object) -> Fault:
     return fault
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.parametrize("body", [REFUSED, SOFT_LOGOUT])
 # Homeservers of Conduit's family refuse any request with a token they do not know, even a login.
 @pytest.mark.parametrize("pattern", [f"{POLL}|{SEND}", ALL], ids=["polls and sends", "all"])

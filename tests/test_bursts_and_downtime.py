@@ -9,7 +9,7 @@ from support.people import People, Room
 from support.proxy import MESSAGES, Proxy
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.parametrize("is_running", [True, False], ids=["running", "down"])
 async def test_burst_from_four_users_is_answered_once(
     people: People, bot: Bot, is_running: bool
@@ -35,7 +35,7 @@ async def test_burst_from_four_users_is_answered_once(
         assert mine == [f"{name} {n}" for n in range(30)]
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_other_events_between_commands_change_nothing(room: Room, bot: Bot) -> None:
     """Said in a downtime, between or behind many events that are no messages, they are in order."""
 
@@ -57,7 +57,7 @@ async def test_other_events_between_commands_change_nothing(room: Room, bot: Bot
     assert await room.replies(6) == ["0", "1", "2", "3", "4", "5"]
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_limited_timeline_is_read_oldest_first(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:

@@ -14,7 +14,7 @@ from support.proxy import LOGIN, MESSAGES, SEND, Proxy
 from test_misbehaving_rooms import sends_to
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_kills_at_random_moments(people: People, proxied_bot: Bot, proxy: Proxy) -> None:
     """SIGKILLs under bursts in two rooms: all answered once, in order, after a single login."""
     rooms = [await people.room() for _ in range(2)]
@@ -45,7 +45,7 @@ async def test_kills_at_random_moments(people: People, proxied_bot: Bot, proxy: 
     assert proxy.count(LOGIN) == 1
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_homeserver_stopped_killed_and_back(people: People, room: Room, bot: Bot) -> None:
     """The bot outlives its homeserver and answers what was sent before and after."""
     await bot.run()
@@ -58,7 +58,7 @@ async def test_homeserver_stopped_killed_and_back(people: People, room: Room, bo
     assert bot.running
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.parametrize("is_logged_out", [False, True])
 async def test_crash_between_send_and_answer_does_not_double_the_reply(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy, is_logged_out: bool
@@ -80,7 +80,7 @@ async def test_crash_between_send_and_answer_does_not_double_the_reply(
     assert proxy.count(LOGIN) == 1 + is_logged_out
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_crash_between_reply_and_save_does_not_double_the_reply(
     room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
@@ -97,7 +97,7 @@ async def test_crash_between_reply_and_save_does_not_double_the_reply(
     assert proxy.count(SEND) == 4
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_crash_while_one_room_hangs(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
@@ -144,7 +144,7 @@ async def test_idle_bot_stops_within_a_second(room: Room, bot: Bot, number: int)
     await stops(bot, number)
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_stop_amid_a_burst_loses_and_doubles_nothing(room: Room, bot: Bot) -> None:
     """Stopped five times while 100 commands come in, it answers each once and in order."""
     await bot.run()

@@ -11,7 +11,7 @@ from support.proxy import JOIN, POLL, Proxy
 from support.scripted import ALICE, DENDRITE, field_of
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_history_before_the_invitation_is_not_answered(people: People, bot: Bot) -> None:
     """In a room with a past, only what follows the invitation counts, also over a downtime."""
     await bot.run()
@@ -27,7 +27,7 @@ async def test_history_before_the_invitation_is_not_answered(people: People, bot
     assert await room.replies(2) == ["invited", "joined"]
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.parametrize("is_first_start", [True, False])
 async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy, is_first_start: bool
@@ -56,7 +56,7 @@ async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     assert (await room.replies(6))[5:] == ["meanwhile"]
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_commands_around_a_join_are_answered_once(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy
 ) -> None:
@@ -77,7 +77,7 @@ async def test_commands_around_a_join_are_answered_once(
     assert [proxied_bot.log.count(f"Answered {event_id}") for event_id in early] == [1] * 5
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.parametrize("is_running", [True, False])
 @pytest.mark.parametrize("allowed", ["{alice} @*:example.org", "@*:example.org @alice*:echo*"])
 async def test_only_allowed_inviters_are_followed(
@@ -97,7 +97,7 @@ async def test_only_allowed_inviters_are_followed(
     assert await accepted.replies(1) == ["hello"]
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_last_of_two_inviters_counts(people: People, bot: Bot) -> None:
     """One who may invite does so over the invitation of another one, who may not."""
     mallory, alice = await people.user("mallory"), people.alice

@@ -10,7 +10,7 @@ from support.people import People, Room
 from support.proxy import ALL, EVERY_FAULT, JOIN, LOGIN, MESSAGES, POLL, SEND, Fault, Proxy
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.speed(60)
 @pytest.mark.parametrize("name", EVERY_FAULT)
 async def test_any_fault_on_any_request_costs_and_doubles_nothing(
@@ -34,7 +34,7 @@ async def test_any_fault_on_any_request_costs_and_doubles_nothing(
     assert len(await people.account.devices()) == 2
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.speed(60)
 async def test_silence_of_the_whole_network_is_mended_once_it_ends(
     room: Room, quick_bot: Bot, proxy: Proxy

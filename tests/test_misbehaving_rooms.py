@@ -31,7 +31,7 @@ async def mute(room: Room, is_mute: bool = True) -> None:
     await room.user.request("PUT", path, {**levels, "events_default": 50 if is_mute else 0})
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_bot_kicked_between_command_and_reply(
     people: People, room: Room, quick_bot: Bot, proxy: Proxy
 ) -> None:
@@ -50,7 +50,7 @@ async def test_bot_kicked_between_command_and_reply(
     assert await room.replies(2) == ["too late", "welcome back"]
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 async def test_nobody_else_can_claim_to_have_answered(room: Room, bot: Bot) -> None:
     """Another one's message that names a command as what it answers keeps no reply back."""
     await bot.run()

@@ -106,7 +106,7 @@ async def has_run(room: Room, bot: Bot) -> None:
     assert await bot.stop() == 0
 
 
-@pytest.mark.dendrite
+@pytest.mark.others
 @pytest.mark.speed(60)
 async def test_unusable_next_batch_is_replaced_by_now(
     people: People, room: Room, quick_bot: Bot
@@ -119,7 +119,10 @@ async def test_unusable_next_batch_is_replaced_by_now(
     await has_run(room, bot)
     said = ["first"]
     below = b"!nowhere:echobot.test s1\n"
-    for content in (b"", b"\n" + below, b"s9_bogus\n" + below, b"\xff\xfe\x00\x01 \xc3\xa9"):
+    contents = [b"", b"\n" + below]
+    if people.homeserver.name != "Conduit":  # It takes what is no position for the beginning.
+        contents += [b"s9_bogus\n" + below, b"\xff\xfe\x00\x01 \xc3\xa9"]
+    for content in contents:
         await room.command("old")
         (bot.state / "next_batch").write_bytes(content)
         before = bot.next_batch

@@ -51,6 +51,7 @@ class Manners:
     breaks_filters: bool = False  # by types: order, limit and end are as on Dendrite 0.13
     limits_first_timeline: bool = False  # it is always said to be limited
     has_pages_outside: bool = False  # of a room that the bot is not in: they are empty
+    hides_what_was_read_outside: bool = False  # for good, as if the bot still was not in the room
     holds_polls: bool = True  # else they return at once
     repeats_invitations: bool = False  # in every sync, not only once
     decodes_paths: bool = False  # %2F in a path separates its parts, as behind some proxies
@@ -76,6 +77,8 @@ CONDUIT = Manners(
     tells_prev_content=False,
     remembers_for_token=True,
     heeds_filter=False,
+    has_pages_outside=True,
+    hides_what_was_read_outside=True,
     start_in_pages=False,
 )
 FAMILIES = {"synapse": SYNAPSE, "dendrite": DENDRITE, "conduit": CONDUIT}
@@ -251,7 +254,11 @@ class Scripted:
             case "GET", ["rooms", room_id, "messages"]:
                 anyone = ("join", "leave", "invite") if self.manners.has_pages_outside else ()
                 room = self.find(room_id, "join", *anyone)
-                return self.page(room, query) if room.membership == "join" else {"chunk": []}
+                if room.membership == "join":
+                    return self.page(room, query)
+                if self.manners.hides_what_was_read_outside:
+                    room.hidden_until = self.position
+                return {"chunk": []}
             case "PUT", ["rooms", room_id, "send", "m.room.message" as kind, transaction_id]:
                 if not fits(body, {"body": str, "msgtype": str}, is_whole=False):
                     raise MatrixError(400, {"errcode": "M_BAD_JSON"})
