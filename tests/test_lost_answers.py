@@ -8,6 +8,7 @@ import support.proxy as faults
 from support.bot import Bot
 from support.people import People, Room
 from support.proxy import ALL, EVERY_FAULT, JOIN, LOGIN, MESSAGES, POLL, SEND, Fault, Proxy
+from support.scripted import field_of
 
 
 @pytest.mark.others
@@ -68,3 +69,17 @@ async def test_429_is_waited_out_as_told(
         assert 1.9 < time.monotonic() - started < 5
         assert limited.happened == 1
     assert "WARNING" not in proxied_bot.log
+
+
+async def test_failures_that_come_late_are_repeated_soon() -> None:
+    """Of ten sends that end with 504 after 10 s, none waits long: that was pause enough."""
+    async with field_of(speed=20) as field:
+        room = field.server.room()
+        await field.bot.run()
+        late = faults.after(10, faults.answer(504, "<html>504 Gateway Time-out</html>"))
+        with field.proxy.inject(late, SEND, times=10) as failing:
+            began = field.now()
+            room.command("hello")
+            await room.answers("hello")
+            assert failing.happened == 10
+            assert 95 < field.now() - began < 140

@@ -254,6 +254,16 @@ def slow(seconds: float) -> Fault:
     return fault
 
 
+def after(seconds: float, fault: Fault) -> Fault:
+    """Another fault, so many s of the bot's clock late."""
+
+    async def late(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(seconds / proxy.speed)
+        return await fault(proxy, request)
+
+    return late
+
+
 def impatient(seconds: float) -> Fault:
     """504, as from a proxy that waits only so many s of the bot's clock for the homeserver."""
 
