@@ -360,13 +360,13 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
-    """Return what came between two positions, oldest first.
+    """Return what came between two positions, oldest first, with a timeline as its end.
 
     The pages go from upto back to the oldest of what was known at since; or, if the bot was not in
     the room then, to the beginnings of what it may answer.
     """
     known = await known_at(room, since) if since else []
-    ends, read = set(known), Events()  # newest first
+    ends, read = set(known), dict(reversed(timeline.items()))  # newest first
     async for page in pages_before(room, upto, timeline):
         read |= page
         if not known:
@@ -374,20 +374,15 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         # Not to the newest known: what comes late from other homeservers has its place below it.
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
-    # The timeline may have what is on no page yet, or came late to a place below the known. But
-    # what it has before the beginnings is history.
-    last = max((n for n, i in enumerate(timeline) if i in read and not known), default=-1)
     order = list(read)
     oldest = max(map(order.index, read.keys() & ends), default=len(order))
     order = order[: oldest + 1]
-    came = {i: read[i] for i in order}
-    more = {i: timeline[i] for i in list(timeline)[last + 1 :] if i not in came}
     # Leave out the known, up to the first that is new or answered: what is above that may have been
     # fetched from other homeservers later, though it seems as old as the rest.
     answered = replied(room, read) | room.answered.keys()
     while order and order[-1] in known and order[-1] not in answered:
         order.pop()
-    return {i: came[i] for i in reversed(order)} | more
+    return {i: read[i] for i in reversed(order)}
 
 
 async def known_at(room: Room, position: str) -> list[str]:

@@ -51,6 +51,7 @@ async def test_one_room_that_hangs_costs_only_itself(manners: Manners, trouble: 
                     bad.command(3 + n // 10)
                 await good[n % 3].answers(*range(n % 3, n + 1, 3))
             await is_past(field, field.server.position - 3)
+            await eventually(lambda: field.bot.unfinished.keys() <= {bad.room_id})
             await field.bot.kill()
         asked = len(field.proxy.requests)
         await field.bot.start()

@@ -255,5 +255,5 @@ async def late_event_is_answered(manners: Manners) -> None:
         room.command(*range(12), "late", "last")
         with field.proxy.inject(faults.rewrite(move), MESSAGES):
             await field.bot.start()
-            await room.answers(*range(12), "last", "late")
+            await room.answers(*range(12), "late", "last")
         assert moved
