@@ -82,7 +82,7 @@ async def reply_to(event: RoomMessageText) -> str | JSON | None:
     This is the function to rewrite for another bot. It gets event.sender, event.body and
     event.event_id; event.source has all else, as event.source["room_id"]. It may take
     REPLY_TIMEOUT s: while it awaits, other rooms go on. It may raise: that costs this one reply.
-    After a crash it may be called again for the same event: no second reply is sent.
+    After a restart it may be called again for the same event: no second reply is sent.
     """
     if not event.body.startswith(COMMAND):
         return None
@@ -157,7 +157,7 @@ async def sync_forever(client: "Client") -> None:
             await asyncio.wait(answering, timeout=INTERVAL)
         elif since:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
-        client.synced_for += min(time.monotonic() - began, SYNC_TIMEOUT / 1000)
+        client.sync_clock += min(time.monotonic() - began, SYNC_TIMEOUT / 1000)
 
 
 async def poll(client: "Client") -> Any:
@@ -234,7 +234,7 @@ class Room:
     answering: Task | None = None
     joining: Task | None = None
     sending = ""  # the last transaction ID
-    failing_since = NEVER  # by Client.synced_for
+    failing_since = NEVER  # s, by Client.sync_clock
     has_notice = False  # that it is encrypted
 
     def __init__(self, client: "Client", room_id: str) -> None:
@@ -261,12 +261,12 @@ async def answer_room(room: Room) -> None:
     async with room.client.slots:
         while upto := room.upto:
             events, has_gap = room.events, room.has_gap
-            # What is heard meanwhile waits for the next turn.
+            # What is heard from now on is for the next turn.
             room.events, room.since, room.upto, room.has_gap = Events(), upto, "", False
             if has_gap:
                 events = await read_back(room, behind[room.id], upto, events)
             await answer_events(room, events)
-            behind[room.id] = room.since  # An invitation has set it back.
+            behind[room.id] = room.since  # upto, or as before if an invitation came meanwhile
         room.answering = None
         if not room.has_gap:
             del behind[room.id]
@@ -275,8 +275,9 @@ async def answer_room(room: Room) -> None:
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
     room.answered |= dict.fromkeys(replied(room, events))
-    # Not every homeserver tells the bot's membership at each event; then follow its changes.
-    # Before a first change to invite or join it was out, before any other it was in.
+    # What came while the bot was neither invited nor joined is none of its business. Not every
+    # homeserver tells the membership at each event: then follow its changes. Before a first change
+    # to invite or join it was out, before any other it was in.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
@@ -360,10 +361,10 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
-    """Return what came between two positions, oldest first, with a timeline as its end.
+    """Return what came between two positions, oldest first; a timeline is the newest of it.
 
-    The pages go from upto back to the oldest of what was known at since; or, if the bot was not in
-    the room then, to the beginnings of what it may answer.
+    Pages are read from upto back to the oldest of what was known at since; or, if the bot was not
+    in the room then, to the beginnings of what it may answer.
     """
     known = await known_at(room, since) if since else []
     ends, read = set(known), dict(reversed(timeline.items()))  # newest first
@@ -391,7 +392,7 @@ async def known_at(room: Room, position: str) -> list[str]:
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
     order = list(page)
-    for event_id in page.keys() & newest.keys():
+    for event_id in page.keys() & newest.keys():  # one at most
         if part(page[event_id], "unsigned", "membership") in ("", "join"):
             return order[order.index(event_id) :]
     return []
@@ -497,15 +498,15 @@ def gives_up(room: Room, failure: "Failure") -> bool:
     if failure.refusal in (400, 413):
         return True
     # After that each request gets one attempt, until one succeeds.
-    room.failing_since = min(room.failing_since, room.client.synced_for)
-    return room.client.synced_for - room.failing_since >= PATIENCE
+    room.failing_since = min(room.failing_since, room.client.sync_clock)
+    return room.client.sync_clock - room.failing_since >= PATIENCE
 
 
 class Failure(Exception):
     """A request that failed; its text says why, and quotes no message."""
 
     status = 0  # of HTTP; 429 for BLOCKED too: wait, never give up
-    refusal = 0  # the status, if it is the homeserver that says no
+    refusal = 0  # the status, if the homeserver itself says no; a proxy's "no" may pass
     retry_after = 0.0  # s, as told
 
 
@@ -547,7 +548,8 @@ class Client(AsyncClient):
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
         self.hold = 0  # ms, of the next poll
-        self.refused_since, self.synced_for = NEVER, 0.0  # s; the latter stops in an outage
+        self.refused_since = NEVER  # s: since when next_batch is refused
+        self.sync_clock = 0.0  # s in syncs that succeeded: it stops in an outage, rooms fail by it
         # nio's session has 100 connections: as many sends that hang would stop the poll.
         connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout()
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
