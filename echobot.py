@@ -45,6 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.request import getproxies, proxy_bypass
@@ -65,8 +66,7 @@ NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by nio's name of the response.
 REQUIRED = {"Join": "room_id", "Login": "access_token", "Whoami": "user_id"}
-REQUIRED |= {"RoomSend": "event_id", "Sync": "next_batch"}
-LISTS = {"RoomMessages": "chunk", "JoinedRooms": "joined_rooms"}  # may be empty, or null
+REQUIRED |= {"RoomMessages": "chunk", "RoomSend": "event_id", "Sync": "next_batch"}
 PORT = r"[0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]"
 HOST = rf"([\w.-]+|\[[\da-fA-F:.]+\])(:({PORT}))?"
 ONE_LINE = "[^\0-\x1f\x7f\ud800-\udfff]*"
@@ -138,7 +138,7 @@ async def guarded(work: Awaitable[Any]) -> Any:
 
 async def sync_forever(client: "Client") -> None:
     """Hand what each sync brings to its rooms, save what is done, and poll on."""
-    state, older = client.state, None
+    state, catching_up = client.state, None
     while True:
         began = time.monotonic()
         polling = asyncio.create_task(guarded(persist(lambda: poll(client), "the sync")))
@@ -148,9 +148,9 @@ async def sync_forever(client: "Client") -> None:
             await asyncio.wait([polling], timeout=60)
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
-        if not older:  # Up to this first response, all replies of earlier lives can be seen.
+        if not catching_up:  # Up to this first response, all replies of earlier lives can be seen.
             notify("READY=1")
-            older = asyncio.create_task(guarded(catch_up(client)))
+            catching_up = asyncio.create_task(guarded(catch_up(client)))
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
         if answering:
@@ -168,9 +168,9 @@ async def poll(client: "Client") -> Any:
     try:
         response = await client.sync(hold, sync_filter(since), since)
     except Failure as failure:
-        if failure.refusal == 401:
+        if failure.status == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
-        is_refused = since and failure.refusal in (400, 404)
+        is_refused = since and failure.status in (400, 404)
         client.refused_since = min(client.refused_since, time.monotonic()) if is_refused else NEVER
         if time.monotonic() - client.refused_since >= 60:
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
@@ -192,14 +192,18 @@ def sync_filter(since: str) -> JSON:
 
 
 async def catch_up(client: "Client") -> None:
-    """Answer what was owed at the saved position, and follow the invitations from before it."""
-    # Not in rooms that the bot is only invited to: what it reads from outside, Conduit hides later.
-    what = "the list of rooms"
-    rooms = await persist(lambda: client.joined_rooms(), what) if client.state.behind else {}
-    joined = part(rooms, "joined_rooms", kind=list)
-    for room in [client.room(room_id) for room_id in client.state.behind if room_id in joined]:
+    """Follow the invitations from before the saved position, and answer what was owed there."""
+    older = asyncio.create_task(guarded(follow_older(client)))
+    # First those: what a bot that is only invited reads of a room, Conduit hides from it for good.
+    await asyncio.wait([older], timeout=10)
+    for room in map(client.room, client.state.behind):
         if not room.answering and not room.joining:
             hear(room, {"limited": True}, "")
+    await older
+
+
+async def follow_older(client: "Client") -> None:
+    """Follow the invitations from before the saved position."""
     what = "the sync for older invitations"
     sync = await persist(lambda: client.sync(random.randrange(1, 1000), sync_filter("")), what)
     hand_out(client, sync, "")
@@ -363,8 +367,8 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
     """Return what came between two positions, oldest first; a timeline is the newest of it.
 
-    Pages are read from upto back to the oldest of what was known at since; or, if the bot was not
-    in the room then, to the beginnings of what it may answer.
+    Pages are read from upto back to the oldest of what was known at since; or, if nothing was, to
+    the beginnings of what the bot may answer.
     """
     known = await known_at(room, since) if since else []
     ends, read = set(known), dict(reversed(timeline.items()))  # newest first
@@ -375,27 +379,20 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         # Not to the newest known: what comes late from other homeservers has its place below it.
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
-    order = list(read)
-    oldest = max(map(order.index, read.keys() & ends), default=len(order))
-    order = order[: oldest + 1]
+    order = list(reversed(read))
+    oldest = min(map(order.index, read.keys() & ends), default=0)
     # Leave out the known, up to the first that is new or answered: what is above that may have been
     # fetched from other homeservers later, though it seems as old as the rest.
-    answered = replied(room, read) | room.answered.keys()
-    while order and order[-1] in known and order[-1] not in answered:
-        order.pop()
-    return {i: read[i] for i in reversed(order)}
+    wanted = read.keys() - known | replied(room, read) | room.answered.keys()
+    return {i: read[i] for i in dropwhile(lambda i: i not in wanted, order[oldest:])}
 
 
 async def known_at(room: Room, position: str) -> list[str]:
-    """Return 100 event IDs at most from before a position, newest first; none from outside."""
+    """Return 100 event IDs at most from before a position, newest first."""
     # First the newest alone: to read 100, Synapse may fetch newer ones, which then seem older.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
-    order = list(page)
-    for event_id in page.keys() & newest.keys():  # one at most
-        if part(page[event_id], "unsigned", "membership") in ("", "join"):
-            return order[order.index(event_id) :]
-    return []
+    return list(dropwhile(lambda event_id: event_id not in newest, page))
 
 
 def beginnings(room: Room, page: Events) -> set[str]:
@@ -495,7 +492,7 @@ def gives_up(room: Room, failure: "Failure") -> bool:
     if failure.status == 429:
         room.failing_since = NEVER  # To wait is not to fail.
         return False
-    if failure.refusal in (400, 413):
+    if failure.status in (400, 413):
         return True
     # After that each request gets one attempt, until one succeeds.
     room.failing_since = min(room.failing_since, room.client.sync_clock)
@@ -505,8 +502,7 @@ def gives_up(room: Room, failure: "Failure") -> bool:
 class Failure(Exception):
     """A request that failed; its text says why, and quotes no message."""
 
-    status = 0  # of HTTP; 429 for BLOCKED too: wait, never give up
-    refusal = 0  # the status, if the homeserver itself says no; a proxy's "no" may pass
+    status = 0  # of HTTP, if the homeserver itself says no; 429, whoever says it: wait
     retry_after = 0.0  # s, as told
 
 
@@ -516,9 +512,10 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     errcode, error = part(content, "errcode"), part(content, "error")
     cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
-    failure.status = 429 if errcode in BLOCKED and status in (401, 403) else status
-    if errcode and 400 <= status < 500:  # What stands before a homeserver has no errcode.
-        failure.refusal = failure.status
+    if errcode and 400 <= status < 500:  # A "no" of what stands before it has none, and may pass.
+        failure.status = status
+    if status == 429 or (errcode in BLOCKED and status in (401, 403)):
+        failure.status = 429
     told, now = headers.get("Retry-After", ""), headers.get("Date", "")
     seconds = max(0.0, min(part(content, "retry_after_ms", kind=int), 10**6)) / 1000
     with suppress(ValueError):
@@ -588,11 +585,11 @@ class Client(AsyncClient):
         content: Any = None
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode(errors="replace"))
-        name = response_class.__name__.removesuffix("Response")
-        if response.status == 200 and isinstance(content, dict):
-            key, empty = REQUIRED.get(name), LISTS.get(name)
-            if (not key or part(content, key)) and (not empty or empty in content):
-                return content
+        key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
+        is_page = key == "chunk" and key in part(content, kind=dict)  # may be empty, or null
+        is_complete = not key or part(content, key) or is_page
+        if response.status == 200 and isinstance(content, dict) and is_complete:
+            return content
         raise failure_of(response, content)
 
 
@@ -603,7 +600,7 @@ async def discover(client: Client) -> str:
     try:
         return str(part(await client.discovery_info(), "m.homeserver", "base_url") or last)
     except Failure as failure:
-        own = f"https://{name}" if failure.status == 404 else ""
+        own = f"https://{name}" if str(failure).startswith("HTTP 404") else ""
         for url in filter(None, (last, own)):  # It may have failed for a moment.
             client.use(url)
             with suppress(Failure):
@@ -618,7 +615,7 @@ async def log_in(client: Client) -> None:
     try:
         found: Any = await (client.whoami() if token else client.login(client.password))
     except Failure as failure:
-        if failure.refusal in (0, 429):
+        if failure.status in (0, 429):
             raise
         secret = "MATRIX_ACCESS_TOKEN" if token else "MATRIX_PASSWORD"
         why = f"{client.homeserver} refuses {client.user}: {failure}"

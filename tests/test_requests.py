@@ -20,7 +20,6 @@ KINDS = {
     "whoami": r"GET .*/whoami$",
     "first sync": r"GET .*/sync\?(?!.*since=)",
     "sync": r"GET .*/sync\?.*since=",
-    "rooms": r"GET .*/joined_rooms$",
     "join": r"POST .*/join/",
     "leave": r"POST .*/leave$",
     "messages": r"GET .*/messages\?",
@@ -28,7 +27,7 @@ KINDS = {
 }
 # Each difference, and why. nio has a Content-Type even where nothing is sent; and it sends nothing
 # with a POST that needs no parameters, which the Conduit family refuses.
-READING = ("discovery", "whoami", "first sync", "sync", "rooms", "messages")
+READING = ("discovery", "whoami", "first sync", "sync", "messages")
 MEANT = {kind: {"Content-Type"} for kind in READING}
 MEANT |= {"join": {"body"}, "leave": {"body"}, "login": set(), "send": set()}
 
@@ -96,8 +95,6 @@ async def have_all_sent(field: Field, recorder: Recorder, directory: Path) -> No
     room = field.server.room()
     await field.bot.run()
     await field.bot.kill()
-    position = field.bot.next_batch
-    (field.bot.state / "next_batch").write_text(f"{position}\n{room.room_id} {position}")
     room.command(*range(12))
     invited, rejected = [field.server.room("leave") for _ in range(2)]
     for inviter, new in {ALICE: invited, "@mallory:echobot.test": rejected}.items():
@@ -127,7 +124,6 @@ async def send_with_nio(url: str, sent: dict[str, Sent]) -> None:
         await client.discovery_info()
         await client.login(PASSWORD)
         await client.whoami()
-        await client.joined_rooms()
         for kind in ("first sync", "sync"):
             only, since = json.loads(query(kind, "filter")), sent[kind].query.get("since", [None])
             await client.sync(int(query(kind, "timeout")), only, since[0])
