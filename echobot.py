@@ -368,14 +368,15 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     """Return what came between two positions, oldest first; a timeline is the newest of it.
 
     Pages are read from upto back to the oldest of what was known at since; or, if nothing was, to
-    the beginnings of what the bot may answer.
+    the bot's invitation, or to what has a reply.
     """
     known = await known_at(room, since) if since else []
     ends, read = set(known), dict(reversed(timeline.items()))  # newest first
     async for page in pages_before(room, upto, timeline):
         read |= page
         if not known:
-            ends |= beginnings(room, page)
+            ends |= {i for i in page if own_membership(room, page[i]) == "invite"}
+            ends |= replied(room, page)
         # Not to the newest known: what comes late from other homeservers has its place below it.
         if page.keys() & (known[-1:] or ends) or not (known or page):
             break
@@ -393,13 +394,6 @@ async def known_at(room: Room, position: str) -> list[str]:
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
     return list(dropwhile(lambda event_id: event_id not in newest, page))
-
-
-def beginnings(room: Room, page: Events) -> set[str]:
-    """Return the IDs to stop at: invitations, events while out, and what has a reply."""
-    out = {i for i in page if part(page[i], "unsigned", "membership") == "leave"}
-    invited = {i for i in page if own_membership(room, page[i]) == "invite"}
-    return out | invited | replied(room, page)
 
 
 async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIterator[Events]:
