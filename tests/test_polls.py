@@ -24,15 +24,22 @@ async def test_first_sync_that_fails_for_good_costs_only_old_invitations() -> No
 
 async def goes_on(trouble: Fault) -> None:
     """Assert that for one kind of trouble; once that is over, the old invitation is followed."""
-    async with field_of() as field:
-        room = field.server.room()
+    async with field_of(speed=5) as field:
+        room, owing = [field.server.room() for _ in range(2)]
         await field.bot.run()
-        with field.proxy.inject(faults.silence, JOIN) as joining:
+        name = owing.room_id[1:].partition(":")[0]
+        with (
+            field.proxy.inject(faults.silence, JOIN) as joining,
+            field.proxy.inject(faults.silence, rf"(?=.*{name}\W){SEND}") as sending,
+        ):
             invited = field.server.room("invite")
             await joining.happens()
+            owing.command("owed")
+            await sending.happens()
             room.command("first")
             await room.answers("first")
-            await eventually(lambda: invited.room_id in field.bot.unfinished)
+            owed = {invited.room_id, owing.room_id}
+            await eventually(lambda: owed <= field.bot.unfinished.keys())
             await field.bot.kill()
         invited.command("invited")
         room.command("second")
@@ -40,6 +47,7 @@ async def goes_on(trouble: Fault) -> None:
         with field.proxy.inject(trouble, FIRST_SYNC) as failing:
             await field.bot.start()
             await room.answers("first", "second")
+            await owing.answers("owed")
             new = field.server.room("invite")
             new.command("new")
             await new.answers("new")
