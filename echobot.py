@@ -82,7 +82,7 @@ async def reply_to(event: RoomMessageText) -> str | JSON | None:
     This is the function to rewrite for another bot. It gets event.sender, event.body and
     event.event_id; event.source has all else, as event.source["room_id"]. It may take
     REPLY_TIMEOUT s: while it awaits, other rooms go on. It may raise: that costs this one reply.
-    After a restart it may be called again for the same event: no second reply is sent.
+    After a restart it may be called again for earlier events: no second reply is sent.
     """
     if not event.body.startswith(COMMAND):
         return None
@@ -197,7 +197,7 @@ async def catch_up(client: "Client") -> None:
     # First those: what a bot that is only invited reads of a room, Conduit hides from it for good.
     await asyncio.wait([older], timeout=10)
     for room in map(client.room, client.state.behind):
-        if not room.answering and not room.joining:
+        if not room.answering and not room.joining:  # Else it will hear from the poll.
             hear(room, {"limited": True}, "")
     await older
 
@@ -220,7 +220,7 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
             room.joining.cancel()
         room.joining = asyncio.create_task(guarded(accept(room, invited[room_id])))
         # Its first timeline may begin after the invitation.
-        room.has_gap, room.since = True, client.state.behind.setdefault(room_id, since)
+        room.has_gap, room.resume = True, client.state.behind.setdefault(room_id, since)
     client.invited = set(invited)
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
@@ -229,12 +229,12 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
 
 
 class Room:
-    """A room, and what waits to be answered: `events`, from the position `since` up to `upto`.
+    """A room: `events` wait to be answered, from its position in State.behind up to `upto`.
 
-    If `has_gap`, they do not reach back to `since`: the rest has to be read.
+    If `has_gap`, they do not reach back to that. `resume` is its position after this turn.
     """
 
-    since, upto = "", ""
+    upto, resume = "", ""
     answering: Task | None = None
     joining: Task | None = None
     sending = ""  # the last transaction ID
@@ -266,11 +266,11 @@ async def answer_room(room: Room) -> None:
         while upto := room.upto:
             events, has_gap = room.events, room.has_gap
             # What is heard from now on is for the next turn.
-            room.events, room.since, room.upto, room.has_gap = Events(), upto, "", False
+            room.events, room.resume, room.upto, room.has_gap = Events(), upto, "", False
             if has_gap:
                 events = await read_back(room, behind[room.id], upto, events)
             await answer_events(room, events)
-            behind[room.id] = room.since  # upto, or as before if an invitation came meanwhile
+            behind[room.id] = room.resume  # upto, or as before if an invitation came meanwhile
         room.answering = None
         if not room.has_gap:
             del behind[room.id]
@@ -378,13 +378,15 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
             ends |= {i for i in page if own_membership(room, page[i]) == "invite"}
             ends |= replied(room, page)
         # Not to the newest known: what comes late from other homeservers has its place below it.
-        if page.keys() & (known[-1:] or ends) or not (known or page):
+        if page.keys() & (known[-1:] or ends):
+            break
+        if not known and not page:  # The rest is hidden.
             break
     order = list(reversed(read))
     oldest = min(map(order.index, read.keys() & ends), default=0)
-    # Leave out the known, up to the first that is new or answered: what is above that may have been
-    # fetched from other homeservers later, though it seems as old as the rest.
-    wanted = read.keys() - known | replied(room, read) | room.answered.keys()
+    # Leave out the oldest known, up to the first event that is new or answered: what is above that
+    # may have been fetched from other homeservers later, though it seems as old.
+    wanted = (read.keys() - known) | replied(room, read) | room.answered.keys()
     return {i: read[i] for i in dropwhile(lambda i: i not in wanted, order[oldest:])}
 
 
