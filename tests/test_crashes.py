@@ -147,6 +147,7 @@ async def test_idle_bot_stops_within_a_second(room: Room, bot: Bot, number: int)
 @pytest.mark.others
 async def test_stop_amid_a_burst_loses_and_doubles_nothing(room: Room, bot: Bot) -> None:
     """Stopped five times while 100 commands come in, it answers each once and in order."""
+    bot.may_be_forked = False  # as in test_kills_at_random_moments
     await bot.run()
     sending = asyncio.create_task(room.command(*range(100)))
     for n in range(5):
