@@ -153,6 +153,24 @@ async def test_somebody_else_reads_back_where_only_chat_was_heard(
     assert await room.replies(30) == [str(n) for n in range(5, 35)]
 
 
+async def test_outage_in_a_downtime_where_only_chat_was_heard(
+    federation: Federation, people: FarPeople, bot: Bot
+) -> None:
+    """What is fetched when the bot asks what it knew is none of that, though no reply tells so."""
+    room = await people.far_room()
+    await bot.run()
+    position = bot.next_batch
+    await arrives(people.account, room.room_id, await room.say("chat", "chat", "chat"))
+    await bot.saves(other_than=position)
+    await bot.kill()
+    async with federation.cut_off() as (cut, _):
+        newest = await room.command(*range(30))
+        await cut.happens()
+    await arrives(people.account, room.room_id, newest)
+    await bot.start()
+    assert await room.replies(30) == [str(n) for n in range(30)]
+
+
 async def room_of_all(people: FarPeople) -> FarRoom:
     """Create a room of bob with the bot's account and alice in it."""
     room = await people.far_room()

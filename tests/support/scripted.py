@@ -250,7 +250,7 @@ class Scripted:
                 membership = "leave" if path[-1] == "leave" else "join"
                 if room.membership != membership:
                     room.set_membership(membership)
-                return {"room_id": room_id}
+                return {"room_id": room_id} if membership == "join" else {}
             case "GET", ["rooms", room_id, "messages"]:
                 anyone = ("join", "leave", "invite") if self.manners.has_pages_outside else ()
                 room = self.find(room_id, "join", *anyone)
