@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 from support.bot import Bot, new_bot
@@ -44,22 +45,20 @@ async def synapse() -> AsyncIterator[Homeserver]:
         yield homeserver
 
 
-@pytest.fixture(scope="session")
-async def dendrite() -> AsyncIterator[Homeserver]:
-    """A Dendrite without rate limits."""
-    if not DENDRITE:
-        pytest.skip("ECHOBOT_DENDRITE names no Dendrite, see tests/README.md")
-    async with running(Dendrite) as homeserver:
-        yield homeserver
+def other(kind: type[Homeserver], program: str) -> Any:
+    """Return the fixture of a homeserver that is there only if its program is named."""
+
+    @pytest.fixture(scope="session", name=kind.name.lower())
+    async def fixture() -> AsyncIterator[Homeserver]:
+        if not program:
+            pytest.skip(f"ECHOBOT_{kind.name.upper()} names no {kind.name}, see tests/README.md")
+        async with running(kind) as homeserver:
+            yield homeserver
+
+    return fixture
 
 
-@pytest.fixture(scope="session")
-async def conduit() -> AsyncIterator[Homeserver]:
-    """A Conduit."""
-    if not CONDUIT:
-        pytest.skip("ECHOBOT_CONDUIT names no Conduit, see tests/README.md")
-    async with running(Conduit) as homeserver:
-        yield homeserver
+dendrite, conduit = other(Dendrite, DENDRITE), other(Conduit, CONDUIT)
 
 
 @pytest.fixture

@@ -246,12 +246,7 @@ def delay(seconds: float) -> Fault:
 
 def slow(seconds: float) -> Fault:
     """The request is passed on only after so many s of the bot's clock, even if nobody waits."""
-
-    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(seconds / proxy.speed)
-        return await proxy.forward(request)
-
-    return fault
+    return after(seconds, Proxy.forward)
 
 
 def after(seconds: float, fault: Fault) -> Fault:
