@@ -219,8 +219,8 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
         if room.joining:  # an earlier invitation
             room.joining.cancel()
         room.joining = asyncio.create_task(guarded(accept(room, invited[room_id])))
-        # Its first timeline may begin after the invitation.
-        room.has_gap, room.resume = True, client.state.behind.setdefault(room_id, since)
+        room.is_invited = True
+        client.state.behind.setdefault(room_id, since)
     client.invited = set(invited)
     if not since:
         return []  # Not every homeserver heeds the filter: these timelines are history.
@@ -231,13 +231,14 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
 class Room:
     """A room: `events` wait to be answered, from its position in State.behind up to `upto`.
 
-    If `has_gap`, they do not reach back to that. `resume` is its position after this turn.
+    If `has_gap`, they do not reach back to that: the rest has to be read.
     """
 
-    upto, resume = "", ""
+    upto = ""
+    is_invited = False  # its first timeline, which may begin after the invitation, is to come
     answering: Task | None = None
     joining: Task | None = None
-    sending = ""  # the last transaction ID
+    sending = ""  # the transaction ID of what may have been sent
     failing_since = NEVER  # s, by Client.sync_clock
     has_notice = False  # that it is encrypted
 
@@ -252,9 +253,11 @@ def hear(room: Room, timeline: JSON, since: str) -> Task | None:
     state, events = room.client.state, by_id(timeline, "events")
     is_new = any(i not in room.events and i not in room.answered for i in events)
     state.behind.setdefault(room.id, since)
-    is_limited = part(timeline, "limited", kind=bool) or len(room.events) > MAX_REMEMBERED
-    room.events = events if is_limited else room.events | events
-    room.has_gap, room.upto = room.has_gap or is_limited, state.next_batch
+    is_limited = part(timeline, "limited", kind=bool) or room.is_invited
+    if is_limited or len(room.events) > MAX_REMEMBERED:
+        room.events, room.has_gap = Events(), True
+    room.events |= events
+    room.upto, room.is_invited = state.next_batch, False
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
 
@@ -266,13 +269,14 @@ async def answer_room(room: Room) -> None:
         while upto := room.upto:
             events, has_gap = room.events, room.has_gap
             # What is heard from now on is for the next turn.
-            room.events, room.resume, room.upto, room.has_gap = Events(), upto, "", False
+            room.events, room.upto, room.has_gap = Events(), "", False
             if has_gap:
                 events = await read_back(room, behind[room.id], upto, events)
             await answer_events(room, events)
-            behind[room.id] = room.resume  # upto, or as before if an invitation came meanwhile
+            if not room.is_invited:
+                behind[room.id] = upto
         room.answering = None
-        if not room.has_gap:
+        if not room.is_invited:
             del behind[room.id]
 
 
@@ -356,12 +360,18 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did and only its answer was lost."""
-    if room.sending == tx_id:
+    may_be_done = room.sending == tx_id
+    if may_be_done:
         page: Any = await room.client.room_messages(room.id, limit=100)
         if content["echobot.answers"] in replied(room, by_id(page, "chunk")):
             return True
     room.sending = tx_id
-    return await room.client.room_send(room.id, "m.room.message", content, tx_id)
+    try:
+        return await room.client.room_send(room.id, "m.room.message", content, tx_id)
+    except Failure as failure:
+        if failure.status and not may_be_done:
+            room.sending = ""  # Refused: there is nothing to look for.
+        raise
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
@@ -447,7 +457,7 @@ async def accept(room: Room, invited: JSON) -> None:
         log.info("%s %s, invited by %s", "Joined" if is_welcome else "Left", room.id, inviter)
         client.invited.discard(room.id)  # The next one is new.
     if not (is_welcome and done):
-        room.has_gap = False  # Not joined: nothing to read or answer.
+        room.is_invited = False  # Not joined: nothing to read or answer.
         if not room.answering:
             client.state.behind.pop(room.id, None)
 

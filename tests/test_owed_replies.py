@@ -157,8 +157,10 @@ async def test_room_with_a_gap_moves_on_with_each_reply(manners: Manners) -> Non
 
 
 @families
-async def test_invited_again_while_a_reply_is_sent(manners: Manners) -> None:
+@pytest.mark.parametrize("meanwhile", ["nothing", "chat", "!replybot second"])
+async def test_invited_again_while_a_reply_is_sent(manners: Manners, meanwhile: str) -> None:
     """What is said before the join counts, though the room had a reply to wait for in between."""
+    texts = ["first", "second"] if "second" in meanwhile else ["first"]
     sent, may_join = asyncio.Event(), asyncio.Event()
 
     async def late(proxy: Proxy, request: web.Request) -> web.StreamResponse:
@@ -176,6 +178,9 @@ async def test_invited_again_while_a_reply_is_sent(manners: Manners) -> None:
             room.command("first")
             await sending.happens()
             await room.answers("first")
+            if meanwhile != "nothing":
+                room.say(meanwhile)
+                await is_past(field, field.server.position)
             room.set_membership("leave", ALICE)
             room.set_membership("invite", ALICE)
             await joining.happens()
@@ -186,7 +191,7 @@ async def test_invited_again_while_a_reply_is_sent(manners: Manners) -> None:
             await other.answers("hello")
             room.command(*range(3, 5))
             may_join.set()
-            await room.answers("first", *range(5))
+            await room.answers(*texts, *range(5))
 
 
 async def test_room_ids_cannot_forge_what_is_saved() -> None:
