@@ -170,8 +170,10 @@ async def poll(client: "Client") -> Any:
     except Failure as failure:
         if failure.status == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
-        is_refused = since and failure.status in (400, 404)
-        client.refused_since = min(client.refused_since, time.monotonic()) if is_refused else NEVER
+        refused_since, client.refused_since = client.refused_since, NEVER
+        if since and failure.status in (400, 404):
+            await client.sync(hold, sync_filter(""), "")  # It raises if any sync is refused.
+            client.refused_since = min(refused_since, time.monotonic())
         if time.monotonic() - client.refused_since >= 60:
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             client.state.next_batch = ""

@@ -137,20 +137,21 @@ async def test_failed_sync_that_is_cached_is_asked_for_otherwise() -> None:
 
 
 async def test_position_refused_for_a_moment_is_kept() -> None:
-    """One 400 or 404, or a minute of them from a proxy in front of it, costs no command."""
+    """One 400 or 404, or minutes of them where any sync is refused, costs no command."""
     html = [faults.answer(status, "<html>Sorry</html>") for status in (400, 404)]
     await together(
         *(position_is_kept(refusal, 1) for refusal in (MALFORMED, NOT_FOUND)),
+        *(position_is_kept(refusal, 12, SYNC) for refusal in (MALFORMED, NOT_FOUND)),
         *(position_is_kept(refusal, 7) for refusal in html),
     )
 
 
-async def position_is_kept(refusal: Fault, times: int) -> None:
+async def position_is_kept(refusal: Fault, times: int, pattern: str = POLL) -> None:
     """Assert that for one kind of refusal that is repeated so often."""
     async with field_of(speed=20) as field:
         room = field.server.room()
         await field.bot.run()
-        with field.proxy.inject(refusal, POLL, times) as refused:
+        with field.proxy.inject(refusal, pattern, times) as refused:
             room.say("this ends the poll before")
             await refused.happens()
             room.command(*range(3))
