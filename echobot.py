@@ -141,11 +141,12 @@ async def sync_forever(client: "Client") -> None:
     state, catching_up = client.state, None
     while True:
         began = time.monotonic()
+        notify("WATCHDOG=1")
         polling = asyncio.create_task(guarded(persist(lambda: poll(client), "the sync")))
         await asyncio.to_thread(state.save, "next_batch", state.positions())
         while not polling.done():
-            notify("WATCHDOG=1")
             await asyncio.wait([polling], timeout=60)
+            notify("WATCHDOG=1")
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
         if not catching_up:  # Up to this first response, all replies of earlier lives can be seen.
