@@ -97,6 +97,7 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, 0, "stopped")
+    sys.setrecursionlimit(20_000)  # Dendrite takes events that nest 10,000 deep.
     # reply_to may block many threads; saves and look-ups of names need some, too.
     loop.set_default_executor(ThreadPoolExecutor(1000))
     # Other loggers are silent: nio's quote events and access tokens.
