@@ -150,7 +150,7 @@ async def sync_forever(client: "Client") -> None:
             notify("WATCHDOG=1")
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
-        if not catching_up:  # Up to this first response, all replies of earlier lives can be seen.
+        if not catching_up:  # Only now: what is read back from here has all earlier replies.
             notify("READY=1")
             catching_up = asyncio.create_task(guarded(catch_up(client)))
         answering = hand_out(client, response, since)
@@ -198,7 +198,7 @@ def sync_filter(since: str) -> JSON:
 async def catch_up(client: "Client") -> None:
     """Follow the invitations from before the saved position, and answer what was owed there."""
     older = asyncio.create_task(guarded(follow_older(client)))
-    # First those: what a bot that is only invited reads of a room, Conduit hides from it for good.
+    # Join first: Conduit hides for good what is read of a room by one who is only invited.
     await asyncio.wait([older], timeout=10)
     for room in map(client.room, client.state.behind):
         if not room.answering and not room.joining:  # Else it will hear from the poll.
@@ -235,7 +235,7 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
 class Room:
     """A room: `events` wait to be answered, from its position in State.behind up to `upto`.
 
-    If `has_gap`, they do not reach back to that: the rest has to be read.
+    If it `has_gap`, they do not reach back to that position: what is between has to be read.
     """
 
     upto = ""
@@ -249,13 +249,13 @@ class Room:
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.id, self.events = client, room_id, Events()
         self.has_gap = room_id in client.state.behind  # since before the start
-        self.answered: dict[str, None] = {}  # event IDs: later timelines may repeat them
+        self.done: dict[str, None] = {}  # event IDs: later timelines may repeat them
 
 
 def hear(room: Room, timeline: JSON, since: str) -> Task | None:
     """Have a room answer what came since a position; return its task if that is news."""
     state, events = room.client.state, by_id(timeline, "events")
-    is_new = any(i not in room.events and i not in room.answered for i in events)
+    is_new = any(i not in room.events and i not in room.done for i in events)
     state.behind.setdefault(room.id, since)
     is_limited = part(timeline, "limited", kind=bool) or room.is_invited
     if is_limited or len(room.events) > MAX_REMEMBERED:
@@ -286,7 +286,7 @@ async def answer_room(room: Room) -> None:
 
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
-    room.answered |= dict.fromkeys(replied(room, events))
+    room.done |= dict.fromkeys(answered_in(room, events))
     # What came while the bot was neither invited nor joined is none of its business. Not every
     # homeserver tells the membership at each event: then follow its changes. Before a first change
     # to invite or join it was out, before any other it was in.
@@ -296,17 +296,17 @@ async def answer_events(room: Room, events: Events) -> None:
         membership = own_membership(room, event) or membership
         at_event = part(event, "unsigned", "membership") or membership
         try:
-            if event_id not in room.answered and at_event in ("invite", "join"):
+            if event_id not in room.done and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.id, frames)
-        room.answered[event_id] = None
-    if len(room.answered) > MAX_REMEMBERED + 100:
-        room.answered = dict.fromkeys(list(room.answered)[-MAX_REMEMBERED:])
+        room.done[event_id] = None
+    if len(room.done) > MAX_REMEMBERED + 100:
+        room.done = dict.fromkeys(list(room.done)[-MAX_REMEMBERED:])
 
 
-def replied(room: Room, events: Events) -> set[str]:
+def answered_in(room: Room, events: Events) -> set[str]:
     """Return the IDs of what the bot's own messages among events answer."""
     own = [e for e in events.values() if part(e, "sender") == room.client.user_id]
     return {part(event, "content", "echobot.answers") for event in own}
@@ -367,7 +367,7 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
     may_be_done = room.sending == tx_id
     if may_be_done:
         page: Any = await room.client.room_messages(room.id, limit=100)
-        if content["echobot.answers"] in replied(room, by_id(page, "chunk")):
+        if content["echobot.answers"] in answered_in(room, by_id(page, "chunk")):
             return True
     room.sending = tx_id
     try:
@@ -390,7 +390,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         read |= page
         if not known:
             ends |= {i for i in page if own_membership(room, page[i]) == "invite"}
-            ends |= replied(room, page)
+            ends |= answered_in(room, page)
         # Not to the newest known: what comes late from other homeservers has its place below it.
         if page.keys() & (known[-1:] or ends):
             break
@@ -400,7 +400,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     oldest = min(map(order.index, read.keys() & ends), default=0)
     # Leave out the oldest known, up to the first event that is new or answered: what is above that
     # may have been fetched from other homeservers later, though it seems as old.
-    wanted = (read.keys() - known) | replied(room, read) | room.answered.keys()
+    wanted = (read.keys() - known) | answered_in(room, read) | room.done.keys()
     return {i: read[i] for i in dropwhile(lambda i: i not in wanted, order[oldest:])}
 
 
@@ -417,7 +417,7 @@ async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIter
     seen, stalled = set[str](), 0
     while position and stalled < 100:
         page, before = await read_page(room, position, 100)
-        # The timeline should come first: a worker that lags leaves a hole there.
+        # The first page should have some of the timeline: that of a worker that lags has not.
         is_hole = not seen and timeline and not page.keys() & timeline.keys()
         stalled = stalled + 1 if is_hole or page.keys() <= seen else 0
         await asyncio.sleep(min(stalled / 4, 1))
@@ -454,13 +454,13 @@ async def accept(room: Room, invited: JSON) -> None:
     is_welcome = any(fnmatchcase(inviter, pattern) for pattern in client.inviters)
     async with client.join_slots:
         if is_welcome:
-            done = await persist(lambda: client.join(room.id), f"joining {room.id}", room)
+            result = await persist(lambda: client.join(room.id), f"joining {room.id}", room)
         else:
-            done = await persist(lambda: client.room_leave(room.id), f"leaving {room.id}", room)
-    if done is not None:
+            result = await persist(lambda: client.room_leave(room.id), f"leaving {room.id}", room)
+    if result is not None:
         log.info("%s %s, invited by %s", "Joined" if is_welcome else "Left", room.id, inviter)
         client.invited.discard(room.id)  # The next one is new.
-    if not (is_welcome and done):
+    if not (is_welcome and result):
         room.is_invited = False  # Not joined: nothing to read or answer.
         if not room.answering:
             client.state.behind.pop(room.id, None)
