@@ -68,6 +68,7 @@ async def test_429_is_waited_out_as_told(
         assert await room.replies(1) == ["hello"]
         assert 1.9 < time.monotonic() - started < 5
         assert limited.happened == 1
+        assert not proxy.count(MESSAGES), "what was refused was looked for"
     assert "WARNING" not in proxied_bot.log
 
 
