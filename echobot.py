@@ -35,6 +35,7 @@ import logging
 import os
 import random
 import re
+import select
 import signal
 import socket
 import sys
@@ -96,13 +97,13 @@ async def main() -> None:
     """Log in and answer until a signal comes."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, 0, "stopped")
+        signal.signal(number, lambda *_: stop(0, "stopped"))  # At once, whatever blocks the loop.
     sys.setrecursionlimit(20_000)  # Dendrite takes events that nest 10,000 deep.
-    # reply_to may block many threads; saves and look-ups of names need some, too.
-    loop.set_default_executor(ThreadPoolExecutor(1000))
+    # However many threads reply_to blocks, saves and look-ups of names need some, too.
+    loop.set_default_executor(ThreadPoolExecutor(10**6))
     # Other loggers are silent: nio's quote events and access tokens.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
-    log.setLevel(setting("LOG_LEVEL", "INFO", "(?i)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
+    log.setLevel(setting("LOG_LEVEL", "INFO", "(?ai)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
     client = Client()
     what = "discovery (needed unless MATRIX_HOMESERVER is set)"
     client.use(setting("MATRIX_HOMESERVER") or await persist(lambda: discover(client), what))
@@ -124,8 +125,9 @@ def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "
 def stop(status: int, reason: str) -> NoReturn:
     """End the process as a crash would: what is not saved will be done again."""
     notify("STOPPING=1")
-    with suppress(OSError):  # Nobody may read it.
-        print(f"echobot: {reason}", file=sys.stderr)
+    with suppress(OSError):
+        if sys.stderr and select.select([], [2], [], 0)[1]:  # Else nobody reads it.
+            os.write(2, f"echobot: {reason}\n".encode(errors="replace"))
     os._exit(status)
 
 
@@ -349,7 +351,7 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
     """Return the content of what reply_to answers, in the event's thread."""
     async with asyncio.timeout(REPLY_TIMEOUT):
         reply = await reply_to(event)
-    if reply is None:
+    if not reply:
         return None
     content: JSON = {"m.mentions": {}}  # Without it a body with @room would ping everybody.
     match event.source["content"].get("m.relates_to"):
@@ -721,4 +723,8 @@ if __name__ == "__main__":
     elif sys.argv[1:]:
         stop(2, "takes no arguments but --help; settings are environment variables")
     else:
-        asyncio.run(main())
+        loop = asyncio.new_event_loop()
+        running = loop.create_task(main())
+        while not running.done():
+            with suppress(SystemExit, KeyboardInterrupt):  # of a task of reply_to's own
+                loop.run_until_complete(running)

@@ -45,6 +45,11 @@ async def reply_to(event: RoomMessageText) -> str | None:
             return await reply_to(event)
         case "number":
             return 42
+        case "task":
+            async def leave():
+                sys.exit(2)
+            asyncio.create_task(leave())
+            await asyncio.gather(leave())
         case "fine":
             return "FINE"
 """
@@ -55,6 +60,7 @@ FAILURES = {
     "secret": "ValueError",
     "cancel": "CancelledError",
     "usage": "SystemExit",
+    "task": "SystemExit",
     "own": "Own",
     "secrets": "BaseExceptionGroup",
     "recursion": "RecursionError",
@@ -66,6 +72,9 @@ async def reply_to(event: RoomMessageText) -> str | None:
     import threading
     if event.body == "thread":
         await asyncio.to_thread(threading.Event().wait)
+    if event.body == "threads":
+        waits = [asyncio.to_thread(threading.Event().wait) for _ in range(1100)]
+        await asyncio.gather(*waits)
     if event.body == "executor":
         await asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
     if event.body == "never":
@@ -93,6 +102,7 @@ async def reply_to(event: RoomMessageText) -> str | JSON | None:
         "list": ["m.text"],
         "number": 42,
         "silence": None,
+        "empty": "",
         "room": event.source["room_id"],
         "who": f"{event.sender} {event.event_id}",
         "html": f"{event.format} {event.formatted_body}",
@@ -194,7 +204,7 @@ async def test_reply_to_that_blocks_costs_what_it_blocks() -> None:
             assert "Cannot connect" not in field.bot.log
             assert await field.bot.stop() == 0
 
-    kinds = [("thread", 6), ("thread", 40), ("executor", 40), ("never", 40)]
+    kinds = [("thread", 6), ("thread", 40), ("threads", 1), ("executor", 40), ("never", 40)]
     await together(*(costs_only_itself(*kind) for kind in kinds))
 
 
@@ -246,7 +256,7 @@ async def test_content_that_cannot_be_sent_costs_one_reply(room: Room, bot: Bot)
     await bot.run()
     bodies = ["set", "circle", "bytes", "float", "nan", "huge", "list", "number"]
     failed = [await room.say(body) for body in bodies]
-    await room.say("surrogate", "room")
+    await room.say("empty", "surrogate", "room")
     # Half a character is replaced, wherever it is.
     assert await room.replies(2) == ["7", room.room_id]
     for body, event_id in zip(bodies, failed, strict=True):
