@@ -168,13 +168,12 @@ async def poll(client: "Client") -> Any:
     """Return what came after next_batch; forget that once it is refused for a minute."""
     # After a failure short, and with a new URL each time, as failures may be cached.
     since, hold = client.state.next_batch, client.hold or random.randrange(1, 1000)
-    client.hold = 0
+    client.hold, refused_since, client.refused_since = 0, client.refused_since, NEVER
     try:
         response = await client.sync(hold, sync_filter(since), since)
     except Failure as failure:
         if failure.status == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
-        refused_since, client.refused_since = client.refused_since, NEVER
         if since and failure.status in (400, 404):
             await client.sync(hold, sync_filter(""), "")  # It raises if any sync is refused.
             client.refused_since = min(refused_since, time.monotonic())
@@ -182,7 +181,7 @@ async def poll(client: "Client") -> Any:
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             client.state.next_batch = ""
         raise
-    client.hold, client.refused_since = SYNC_TIMEOUT, NEVER
+    client.hold = SYNC_TIMEOUT
     return response
 
 
