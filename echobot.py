@@ -652,11 +652,11 @@ class State:
             self.lock = paths[2].open("a")  # until the process ends
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError):  # The latter is SMB's.
                 stop(75, f"another copy is running on {directory}: stop it first")
             except OSError as error:  # Not every file system has locks.
                 log.warning("Can't lock %s (%s): start no other copy", directory, error.strerror)
-            text, session, _ = [path.read_text(errors="replace") for path in paths]
+            text, session = [path.read_text(errors="replace") for path in paths[:2]]
         except OSError as error:
             stop(78, f"can't use {directory} ({error.strerror}): set another STATE_DIRECTORY")
         self.session: JSON = {}
@@ -688,8 +688,9 @@ class State:
         temporary = self.directory / f"{name}.tmp"
         try:
             temporary.touch(0o600)
-            temporary.write_text(text, errors="replace")
-            with temporary.open() as file:
+            with temporary.open("w", errors="replace") as file:
+                file.write(text)
+                file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.directory / name)
             self.unsaved.discard(name)

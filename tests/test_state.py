@@ -88,8 +88,20 @@ def flock(descriptor, operation, real=fcntl.flock):
 def fsync(descriptor, real=os.fsync):
     if stat.S_ISDIR(os.fstat(descriptor).st_mode):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     real(descriptor)
 fcntl.flock, os.fsync = flock, fsync
+"""
+# As on a Windows share, which has another word for what is locked.
+SMB = """
+import errno, fcntl, os
+def flock(descriptor, operation, real=fcntl.flock):
+    try:
+        return real(descriptor, operation)
+    except BlockingIOError:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES)) from None
+fcntl.flock = flock
 """
 NO_LOCKS = """
 def flock(descriptor, operation):
@@ -332,7 +344,7 @@ async def test_second_copy_on_the_same_directory_is_refused(
 
 
 async def test_directory_of_another_machine_is_used(tmp_path: Path) -> None:
-    """On NFS there are locks and no complaints; where there are no locks, one warning says so."""
+    """On NFS or SMB are locks and no complaints; where there are no locks, one warning says so."""
 
     async def runs(customize: str, warnings: int) -> None:
         async with field_of() as field, new_bot(field.proxy.url) as second:
@@ -358,7 +370,8 @@ async def test_directory_of_another_machine_is_used(tmp_path: Path) -> None:
 
     without_locks = [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF]
     await together(
-        runs(NFS, 0), *(runs(NFS + NO_LOCKS.format(number=number), 1) for number in without_locks)
+        *(runs(customize, 0) for customize in (NFS, SMB)),
+        *(runs(NFS + NO_LOCKS.format(number=number), 1) for number in without_locks),
     )
 
 
