@@ -522,6 +522,8 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     status, headers = response.status, response.headers
     errcode, error = part(content, "errcode"), part(content, "error")
     cause = f"HTTP {status} {errcode} ({error[:200]})" if errcode else f"HTTP {status}"
+    if "Location" in headers:
+        cause += f", moved to {headers['Location'].partition('/_matrix/')[0]}"
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
     if errcode and 400 <= status < 500:  # A "no" of what stands before it has none, and may pass.
         failure.status = status
@@ -531,7 +533,9 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     seconds = max(0.0, min(part(content, "retry_after_ms", kind=int), 10**6)) / 1000
     with suppress(ValueError):
         seconds = seconds or float(told)
-    with suppress(ValueError, TypeError):  # A date counts by the server's clock: ours may be wrong.
+    with suppress(
+        ValueError, TypeError, OverflowError
+    ):  # A date counts by the server's clock: ours may be wrong.
         seconds = (parsedate_to_datetime(told) - parsedate_to_datetime(now)).total_seconds()
     failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
     return failure
@@ -546,7 +550,7 @@ class Client(AsyncClient):
         if not user or not (self.password or self.given_token):
             stop(78, "set MATRIX_USER, and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN; see --help")
         super().__init__("", user)
-        form = r"""[ ,]*((?=[^ ,]*[:*])[@*?[][^@;'"\s,]*([ ,]+|$))+"""
+        form = r"""[ ,]*((?=[^ ,]*[:*])[@*?[][^@:;'"\s,]*(:[]\w.*?:[!-]*[]\w*?])?([ ,]+|$))+"""
         inviters = setting("MATRIX_INVITERS", "*", form, "@me:example.org @*:example.com")
         self.inviters = inviters.replace(",", " ").split()
         self.state = State(Path(setting("STATE_DIRECTORY", ".")), user)
@@ -568,12 +572,12 @@ class Client(AsyncClient):
 
     def use(self, homeserver: str) -> None:
         """Send requests to a base URL, through the environment's proxy for it."""
-        if not (url := re.fullmatch(rf"(https?)://({HOST})(/[^?#]*)?", homeserver)):
+        if not (url := re.fullmatch(rf"(https?)://({HOST})(/[^?#\s]*)?", homeserver)):
             stop(78, f"the homeserver of {self.user} has no valid URL: set MATRIX_HOMESERVER")
         self.homeserver, proxies = homeserver.rstrip("/"), getproxies()
         proxy = "" if proxy_bypass(url[2]) else proxies.get(url[1]) or proxies.get("all", "")
         self.proxy = re.sub("^(?!.*://)", "http://", proxy) if proxy else None
-        if self.proxy and not re.fullmatch(rf"https?://([^@/]*@)?{HOST}/?", self.proxy):
+        if self.proxy and not re.fullmatch(rf"https?://([^@/?#[\]]*@)?{HOST}/?", self.proxy):
             stop(78, f"{url[1].upper()}_PROXY or ALL_PROXY is not like http://proxy.example:3128")
 
     async def _send(
@@ -585,17 +589,22 @@ class Client(AsyncClient):
         headers = {"Authorization": f"Bearer {self.access_token}"} if needs_token else {}
         if method != "GET":  # Not every homeserver takes a body of another type, or none.
             data, headers["Content-Type"] = data or "{}", "application/json"
-        request = self.http.request(method, url, data=data, headers=headers, proxy=self.proxy)
+        # Redirected, a POST would become a GET, and the token would get lost.
+        follow, proxy = "/.well-known/" in url, self.proxy
+        request = self.http.request(
+            method, url, data=data, headers=headers, proxy=proxy, allow_redirects=follow
+        )
         try:
             async with request as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             # Other texts may quote a proxy's password.
             text = str(error) if isinstance(error, OSError) else ""
-            raise Failure(text or type(error).__name__) from None
+            text = text or f"{type(error).__name__} {getattr(error, 'status', '')}"
+            raise Failure(text.strip()) from None
         content: Any = None
         with suppress(ValueError, RecursionError):  # It is no JSON.
-            content = json.loads(body.decode(errors="replace"))
+            content = json.loads(body.decode("utf-8-sig", errors="replace"))
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
         is_page = key == "chunk" and key in part(content, kind=dict)  # may be empty, or null
         is_complete = not key or part(content, key) or is_page
@@ -609,13 +618,15 @@ async def discover(client: Client) -> str:
     name, last = client.user.partition(":")[2], part(client.state.session, "homeserver")
     client.use("https://" + re.sub(r":\d+$", "", name))
     try:
-        return str(part(await client.discovery_info(), "m.homeserver", "base_url") or last)
-    except Failure as failure:
+        async with asyncio.timeout(20 if last else None):
+            return str(part(await client.discovery_info(), "m.homeserver", "base_url") or last)
+    except (Failure, TimeoutError) as failure:
         own = f"https://{name}" if str(failure).startswith("HTTP 404") else ""
         for url in filter(None, (last, own)):  # It may have failed for a moment.
             client.use(url)
-            with suppress(Failure):
-                await client.login_info()
+            with suppress(Failure, TimeoutError):
+                async with asyncio.timeout(20):
+                    await client.login_info()
                 return str(url)
         raise
 

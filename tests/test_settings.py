@@ -61,6 +61,7 @@ UNUSABLE = {
         "http://127.0.0.1:9/#/login",
         "http://127.0.0.1:9/matrix?",
         "http://bot:ssword@127.0.0.1:9",
+        "http://127.0.0.1:9/ ",
     ],
     "MATRIX_INVITERS": [
         "alice",
@@ -72,9 +73,14 @@ UNUSABLE = {
         '"@alice:a.test @bob:b.test"',
         "https://matrix.to/#/@alice:a.test",
         "@alice:a.test\n@bob:b.test",
+        "@alice:",
+        "@alice:a.test:",
+        "@alice:a.test/",
+        "(@alice:a.test)",
+        "@alice:https://a.test",
         ",",
     ],
-    "LOG_LEVEL": ["LOUD", '"INFO"'],
+    "LOG_LEVEL": ["LOUD", '"INFO"', "\u0130NFO"],
     # Bytes that are no UTF-8, as the environment brings them to Python.
     "MATRIX_PASSWORD": ["p\udce4ssword", "password\udced\udca0\udc80"],
     "MATRIX_ACCESS_TOKEN": ["\udcff"],
@@ -87,6 +93,8 @@ UNUSABLE = {
         "127.0.0.1:66000",
         "http://bot:ssword@[::1:3128",
         "bot:ssword@no proxy",
+        "http://bot:p#ssword@127.0.0.1:3128",
+        "http://bot:p?ssword@127.0.0.1:3128",
         "'http://bot:ssword@127.0.0.1:3128'",
     ],
     "http_proxy": ["ftp://127.0.0.1:21"],
@@ -293,6 +301,8 @@ async def test_homeserver_is_found_from_the_user_id(
     url = people.homeserver.url
     async with running_proxy(url) as elsewhere:
         course = [(faults.not_found, "https://echobot.test"), (publishes(f"{url}/"), url)]
+        marked = "\ufeff" + json.dumps({"m.homeserver": {"base_url": url}})  # as by Notepad
+        course.insert(1, (faults.answer(200, marked), url))
         troubles = (faults.not_found, faults.internal_error, faults.cut_before, faults.not_json)
         course += [(fault, url) for fault in troubles]
         course += [(publishes(elsewhere.url), elsewhere.url), (faults.not_found, elsewhere.url)]
@@ -340,6 +350,44 @@ async def test_moved_homeserver_is_found_though_discovery_fails_at_first(
         found = "https://echobot.test" if trouble == "not_found" else elsewhere.url
         await eventually(lambda: bot.session["homeserver"] == found)
         await bot.kill()
+
+
+@pytest.mark.parametrize("hangs", ["lookup", "last homeserver"])
+async def test_discovery_that_hangs_holds_nothing_up(
+    room: Room, bot: Bot, server: Proxy, hangs: str
+) -> None:
+    """If the lookup does, the last homeserver is used; if that does and it is 404, the server."""
+    bot.speed = server.speed = 20
+    await bot.run()
+    assert await bot.stop() == 0
+    await room.command("meanwhile")
+    async with running_proxy(NOWHERE) as last:
+        with last.inject(faults.silence), server.inject(faults.not_found, WELL_KNOWN) as asked:
+            if hangs == "lookup":
+                asked.fault = faults.silence
+            else:
+                session = {**bot.session, "homeserver": last.url}
+                (bot.state / "session.json").write_text(json.dumps(session))
+            await bot.start()
+            assert await room.replies(1, seconds=10) == ["meanwhile"]
+            assert asked.happened
+
+
+async def test_redirect_of_the_homeserver_is_told() -> None:
+    """It is not followed, as a login or a token would get lost on the way."""
+
+    async def is_told(status: int) -> None:
+        async def redirect(request: web.Request) -> web.StreamResponse:
+            headers = {"Location": f"https://matrix.echobot.test{request.path_qs}"}
+            return web.Response(status=status, headers=headers)
+
+        async with served(redirect) as url, new_bot(url) as bot:
+            await bot.start()
+            told = f"Trouble with the login at {url}: HTTP {status}, moved to"
+            await bot.logs(f"{told} https://matrix.echobot.test; trying again")
+            assert await bot.stop() == 0
+
+    await together(*map(is_told, (301, 302, 307, 308)))
 
 
 @pytest.mark.parametrize("published", [None, {"base_url": "nowhere"}], ids=["null", "no URL"])
