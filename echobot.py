@@ -263,6 +263,8 @@ def hear(room: Room, timeline: JSON, since: str) -> Task | None:
         room.events, room.has_gap = Events(), True
     room.events |= events
     room.upto, room.is_invited = state.next_batch, False
+    # What is redacted while it waits gets no answer.
+    room.done |= dict.fromkeys(part(event, "redacts") for event in events.values())
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import support.proxy as faults
 from aiohttp import web
-from support.bot import eventually
+from support.bot import Bot, eventually
+from support.people import Room as PeoplesRoom
 from support.proxy import JOIN, MESSAGES, SEND, SYNC, Proxy
 from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
 
@@ -192,6 +193,23 @@ async def test_invited_again_while_a_reply_is_sent(manners: Manners, meanwhile: 
             room.command(*range(3, 5))
             may_join.set()
             await room.answers(*texts, *range(5))
+
+
+@pytest.mark.others
+@pytest.mark.speed(20)
+async def test_command_redacted_while_it_waits_is_not_answered(
+    room: PeoplesRoom, quick_bot: Bot, proxy: Proxy
+) -> None:
+    """What is behind it in the room still is."""
+    await quick_bot.run()
+    with proxy.inject(faults.internal_error, SEND) as failing:
+        await room.command("first")
+        await failing.happens()
+        redacted = await room.command("redacted")
+        await room.user.request("PUT", f"/rooms/{room.room_id}/redact/{redacted}/{redacted}", {})
+        await room.command("last")
+        await failing.happens(times=failing.happened + 3)
+    assert await room.replies(2) == ["first", "last"]
 
 
 async def test_room_ids_cannot_forge_what_is_saved() -> None:
