@@ -253,6 +253,7 @@ class Room:
         self.client, self.id, self.events = client, room_id, Events()
         self.has_gap = room_id in client.state.behind  # since before the start
         self.done: dict[str, None] = {}  # event IDs: later timelines may repeat them
+        self.redacted = set[str]()  # event IDs: while they wait
 
 
 def hear(room: Room, timeline: JSON, since: str) -> Task | None:
@@ -265,8 +266,7 @@ def hear(room: Room, timeline: JSON, since: str) -> Task | None:
         room.events, room.has_gap = Events(), True
     room.events |= events
     room.upto, room.is_invited = state.next_batch, False
-    # What is redacted while it waits gets no answer.
-    room.done |= dict.fromkeys(part(event, "redacts") for event in events.values())
+    room.redacted |= {part(event, "redacts") for event in events.values()}
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
 
@@ -275,7 +275,7 @@ async def answer_room(room: Room) -> None:
     """Answer all that a room hears, and note the position up to which that is done."""
     behind = room.client.state.behind
     async with room.client.slots:
-        while upto := room.upto:
+        while (upto := room.upto) and not room.is_invited:
             events, has_gap = room.events, room.has_gap
             # What is heard from now on is for the next turn.
             room.events, room.upto, room.has_gap = Events(), "", False
@@ -284,6 +284,7 @@ async def answer_room(room: Room) -> None:
             await answer_events(room, events)
             if not room.is_invited:
                 behind[room.id] = upto
+        room.redacted.clear()
         room.answering = None
         if not room.is_invited:
             del behind[room.id]
@@ -291,17 +292,20 @@ async def answer_room(room: Room) -> None:
 
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
-    room.done |= dict.fromkeys(answered_in(room, events))
+    answered = answered_in(room, events)
+    room.done |= dict.fromkeys(answered)
     # What came while the bot was neither invited nor joined is none of its business. Not every
     # homeserver tells the membership at each event: then follow its changes. Before a first change
-    # to invite or join it was out, before any other it was in.
+    # to invite or join it was out, before any other it was in, as where it has answered.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
         membership = own_membership(room, event) or membership
+        membership = "join" if event_id in answered else membership
         at_event = part(event, "unsigned", "membership") or membership
         try:
-            if event_id not in room.done and at_event in ("invite", "join"):
+            is_due = event_id not in room.done and event_id not in room.redacted
+            if is_due and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
@@ -389,6 +393,8 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     Pages are read from upto back to the oldest of what was known at since; or, if nothing was, to
     the bot's invitation, or to what has a reply.
     """
+    # Conduit's positions are numbers, and its pages leave out the event at one.
+    since, upto = [str(int(p) + 1) if p.isdecimal() else p for p in (since, upto)]
     known = await known_at(room, since) if since else []
     ends, read = set(known), dict(reversed(timeline.items()))  # newest first
     async for page in pages_before(room, upto, timeline):
@@ -404,8 +410,11 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     order = list(reversed(read))
     oldest = min(map(order.index, read.keys() & ends), default=0)
     # Leave out the oldest known, up to the first event that is new or answered: what is above that
-    # may have been fetched from other homeservers later, though it seems as old.
-    wanted = (read.keys() - known) | answered_in(room, read) | room.done.keys()
+    # may have been fetched from other homeservers later, though it seems as old. State may seem
+    # new without being so: not every homeserver has all of it in its pages.
+    unknown = {i: read[i] for i in read if i not in known}
+    new = {i for i, e in unknown.items() if "state_key" not in e or own_membership(room, e)}
+    wanted = new | answered_in(room, read) | room.done.keys()
     return {i: read[i] for i in dropwhile(lambda i: i not in wanted, order[oldest:])}
 
 
@@ -414,7 +423,8 @@ async def known_at(room: Room, position: str) -> list[str]:
     # First the newest alone: to read 100, Synapse may fetch newer ones, which then seem older.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
-    return list(dropwhile(lambda event_id: event_id not in newest, page))
+    # There is no newest if that is hidden from the bot; what was fetched may fill the page.
+    return list(dropwhile(lambda i: newest and i not in newest, page)) or list(newest)
 
 
 async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIterator[Events]:

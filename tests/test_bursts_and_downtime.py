@@ -36,6 +36,24 @@ async def test_burst_from_four_users_is_answered_once(
 
 
 @pytest.mark.others
+@pytest.mark.parametrize("is_running", [True, False], ids=["running", "down"])
+async def test_last_command_before_the_first_start_is_not_answered(
+    room: Room, proxied_bot: Bot, proxy: Proxy, is_running: bool
+) -> None:
+    """Not even where it is the very event at the position from which a burst is read back."""
+    proxy.timeline_limit = 10
+    await room.command("old 0", "old 1")
+    await proxied_bot.run()
+    if not is_running:
+        await proxied_bot.stop()
+    await asyncio.gather(*map(room.command, range(30)))
+    if not is_running:
+        await proxied_bot.start()
+    replies = await room.replies(30)
+    assert sorted(replies, key=int) == [str(n) for n in range(30)]
+
+
+@pytest.mark.others
 async def test_other_events_between_commands_change_nothing(room: Room, bot: Bot) -> None:
     """Said in a downtime, between or behind many events that are no messages, they are in order."""
 

@@ -28,6 +28,54 @@ async def test_history_before_the_invitation_is_not_answered(people: People, bot
 
 
 @pytest.mark.others
+@pytest.mark.parametrize("visibility", ["joined", "invited", "shared"])
+@pytest.mark.parametrize("has_replied", [False, True])
+async def test_kicked_and_invited_again_where_history_is_hidden(
+    people: People, bot: Bot, visibility: str, has_replied: bool
+) -> None:
+    """Whatever was said meanwhile, what precedes the first start is not answered then."""
+    content = {"history_visibility": visibility}
+    state = {"type": "m.room.history_visibility", "state_key": "", "content": content}
+    room = await people.room(initial_state=[state])
+    await room.command("old 0", "old 1")
+    await bot.run()
+    expected = ["first"] * has_replied
+    await room.command(*expected)
+    await room.replies(len(expected))
+    await room.user.request("POST", f"/rooms/{room.room_id}/kick", {"user_id": people.bot_id})
+    await room.say("behind its back")
+    other = await people.room()
+    await other.command("hello")
+    await other.replies(1)
+    position = bot.next_batch
+    await other.say("this ends the poll")
+    await bot.saves(other_than=position)
+    await room.user.invite(room.room_id, people.bot_id)
+    await bot.logs(f"Joined {room.room_id}")
+    await eventually(lambda: not bot.unfinished)  # Conduit hides what comes with the join.
+    await room.command("last")
+    assert await room.replies(len(expected) + 1) == [*expected, "last"]
+
+
+@pytest.mark.others
+async def test_invitations_of_the_first_start_are_followed_once(people: People, bot: Bot) -> None:
+    """Two syncs tell them; whether welcome or not, no request is repeated and nothing is owed."""
+    bot.environment["MATRIX_INVITERS"] = people.alice.user_id
+    mallory = await people.user("mallory")
+    rooms = [await people.invite(mallory) for _ in range(5)]
+    rooms += [await people.invite() for _ in range(5)]
+    await bot.run()
+    await bot.logs("Joined", times=5)
+    await bot.logs("Left", times=5)
+    await eventually(lambda: not bot.unfinished)
+    for room in rooms[5:]:
+        await room.command("hello")
+        assert await room.replies(1) == ["hello"]
+    assert bot.log.count("Joined") == bot.log.count("Left") == 5
+    assert "Trouble" not in bot.log
+
+
+@pytest.mark.others
 @pytest.mark.parametrize("is_first_start", [True, False])
 async def test_join_that_hangs_holds_nobody_up_and_survives_a_kill(
     people: People, room: Room, proxied_bot: Bot, proxy: Proxy, is_first_start: bool

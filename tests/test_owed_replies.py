@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -210,6 +211,61 @@ async def test_command_redacted_while_it_waits_is_not_answered(
         await room.command("last")
         await failing.happens(times=failing.happened + 3)
     assert await room.replies(2) == ["first", "last"]
+
+
+@families
+async def test_redacted_command_of_the_same_timeline_is_not_answered(manners: Manners) -> None:
+    """Nor does the redaction of an older one make others from before the first start news."""
+    async with field_of(manners, timeline_limit=10) as field:
+        room = field.server.room()
+        old = room.command("old 0")
+        room.command("old 1")
+        await field.bot.run()
+        may_send = asyncio.Event()
+        with field.proxy.inject(faults.hold(may_send.wait), SEND, times=1) as sending:
+            room.command("first")
+            redacted = room.command("redacted")
+            await sending.happens()
+            for event_id in (old, redacted):
+                room.add("m.room.redaction", ALICE, {"redacts": event_id}, redacts=event_id)
+            await is_past(field, field.server.position)
+            room.command(*range(12))
+            await is_past(field, field.server.position)
+            may_send.set()
+            await room.answers("first", *range(12))
+
+
+MEMBERSHIP_UNTOLD = replace(FAMILIES["synapse"], tells_membership=False)
+
+
+@pytest.mark.parametrize(
+    "manners", [*FAMILIES.values(), MEMBERSHIP_UNTOLD], ids=[*FAMILIES, "old synapse"]
+)
+@pytest.mark.parametrize("is_first_start", [True, False])
+async def test_killed_between_two_replies_far_from_the_invitation(
+    manners: Manners, is_first_start: bool
+) -> None:
+    """What precedes the join counts, though only it and the first reply are read back."""
+    async with field_of(manners) as field:
+        room = field.server.room("leave")
+        if not is_first_start:
+            await field.bot.run()
+            await field.bot.kill()
+        room.set_membership("invite", ALICE)
+        room.say(*["chat"] * 110)
+        room.command("first")
+        room.say(*["chat"] * 20)
+        room.command("second")
+        with (
+            field.proxy.inject(faults.delay(0), SEND, times=1),
+            field.proxy.inject(faults.silence, SEND) as hanging,
+        ):
+            await field.bot.start()
+            await hanging.happens()
+            await eventually(lambda: room.room_id in field.bot.unfinished)
+            await field.bot.kill()
+        await field.bot.start()
+        await room.answers("first", "second")
 
 
 async def test_room_ids_cannot_forge_what_is_saved() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import support.proxy as faults
 from aiohttp import web
-from support.bot import together
+from support.bot import eventually, together
 from support.proxy import MESSAGES, SYNC, Proxy
 from support.scripted import ALICE, CONDUIT, DENDRITE, IGNORED, JSON, SYNAPSE, Manners, field_of
 
@@ -235,6 +235,28 @@ async def costs_at_most_its_event(odd: bytes) -> None:
             await field.bot.start()
             await room.answers("live", *range(14))
             assert sum(spoilt) >= 2
+
+
+async def test_newest_event_may_be_one_that_the_bot_does_not_see() -> None:
+    """Where it is what an ignored user said, nothing from before the first start is answered."""
+    await together(*(nothing_old_is_answered(manners) for manners in (SYNAPSE, DENDRITE, CONDUIT)))
+
+
+async def nothing_old_is_answered(manners: Manners) -> None:
+    """Assert that on one homeserver."""
+    async with field_of(manners, timeline_limit=10) as field:
+        room = field.server.room()
+        room.command("old")
+        await field.bot.run()
+        room.add("m.room.message", IGNORED, {"msgtype": "m.text", "body": "!replybot ignored"})
+        other = field.server.room()
+        other.command("hello")
+        await other.answers("hello")
+        await eventually(lambda: int(field.bot.next_batch[1:]) >= field.server.position - 1)
+        await field.bot.kill()
+        room.command(*range(12))
+        await field.bot.start()
+        await room.answers(*range(12))
 
 
 async def test_late_event_whose_place_is_below_all_that_was_known() -> None:
