@@ -16,7 +16,7 @@ rewrite one function: `reply_to`. Four rules keep the promise:
    messages tell what has a reply.
 3. Read back what was left out, to what was known before or to the bot's own invitation.
 4. Persist. One loop repeats every request until it succeeds, is refused for good, or its room has
-   failed for long while syncs succeeded. A bug is shown, and costs one event.
+   failed for long while syncs succeeded. A bug in reply_to is shown, and costs one event.
 
 Environment:
     MATRIX_USER        the full user ID; and MATRIX_PASSWORD, or MATRIX_ACCESS_TOKEN instead
@@ -168,14 +168,16 @@ async def poll(client: "Client") -> Any:
     """Return what came after next_batch; forget that once it is refused for a minute."""
     # After a failure short, and with a new URL each time, as failures may be cached.
     since, hold = client.state.next_batch, client.hold or random.randrange(1, 1000)
-    client.hold, refused_since, client.refused_since = 0, client.refused_since, NEVER
+    client.hold = 0
+    refused_since, client.refused_since = client.refused_since, NEVER
     try:
         response = await client.sync(hold, sync_filter(since), since)
     except Failure as failure:
         if failure.status == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
         if since and failure.status in (400, 404):
-            await client.sync(hold, sync_filter(""), "")  # It raises if any sync is refused.
+            # If this raises too, it is not the position that is refused.
+            await client.sync(hold, sync_filter(""), "")
             client.refused_since = min(refused_since, time.monotonic())
         if time.monotonic() - client.refused_since >= 60:
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
@@ -244,7 +246,7 @@ class Room:
     upto = ""
     is_invited = False  # its first timeline, which may begin after the invitation, is to come
     answering: Task | None = None
-    joining: Task | None = None
+    joining: Task | None = None  # of the last invitation in this life, though it may be over
     sending = ""  # the transaction ID of what may have been sent
     failing_since = NEVER  # s, by Client.sync_clock
     has_notice = False  # that it is encrypted
@@ -275,6 +277,7 @@ async def answer_room(room: Room) -> None:
     """Answer all that a room hears, and note the position up to which that is done."""
     behind = room.client.state.behind
     async with room.client.slots:
+        # Once it is invited again, all waits for its next timeline, which will have a gap.
         while (upto := room.upto) and not room.is_invited:
             events, has_gap = room.events, room.has_gap
             # What is heard from now on is for the next turn.
@@ -282,8 +285,7 @@ async def answer_room(room: Room) -> None:
             if has_gap:
                 events = await read_back(room, behind[room.id], upto, events)
             await answer_events(room, events)
-            if not room.is_invited:
-                behind[room.id] = upto
+            behind[room.id] = upto
         room.redacted.clear()
         room.answering = None
         if not room.is_invited:
@@ -296,7 +298,7 @@ async def answer_events(room: Room, events: Events) -> None:
     room.done |= dict.fromkeys(answered)
     # What came while the bot was neither invited nor joined is none of its business. Not every
     # homeserver tells the membership at each event: then follow its changes. Before a first change
-    # to invite or join it was out, before any other it was in, as where it has answered.
+    # to invite or join it was out, before any other it was in. Where it has answered it was in.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
@@ -402,7 +404,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         if not known:
             ends |= {i for i in page if own_membership(room, page[i]) == "invite"}
             ends |= answered_in(room, page)
-        # Not to the newest known: what comes late from other homeservers has its place below it.
+        # To the oldest known: what comes late from other homeservers has its place among these.
         if page.keys() & (known[-1:] or ends):
             break
         if not known and not page:  # The rest is hidden.
@@ -410,11 +412,10 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     order = list(reversed(read))
     oldest = min(map(order.index, read.keys() & ends), default=0)
     # Leave out the oldest known, up to the first event that is new or answered: what is above that
-    # may have been fetched from other homeservers later, though it seems as old. State may seem
-    # new without being so: not every homeserver has all of it in its pages.
-    unknown = {i: read[i] for i in read if i not in known}
-    new = {i for i, e in unknown.items() if "state_key" not in e or own_membership(room, e)}
-    wanted = new | answered_in(room, read) | room.done.keys()
+    # may have been fetched from other homeservers later, though it seems as old. State is no sign
+    # of it: not every homeserver has all of that in its pages.
+    news = {i for i, e in read.items() if "state_key" not in e or own_membership(room, e)}
+    wanted = (news - set(known)) | answered_in(room, read) | room.done.keys()
     return {i: read[i] for i in dropwhile(lambda i: i not in wanted, order[oldest:])}
 
 
@@ -620,10 +621,10 @@ class Client(AsyncClient):
         with suppress(ValueError, RecursionError):  # It is no JSON.
             content = json.loads(body.decode("utf-8-sig", errors="replace"))
         key = REQUIRED.get(response_class.__name__.removesuffix("Response"), "")
-        is_page = key == "chunk" and key in part(content, kind=dict)  # may be empty, or null
-        is_complete = not key or part(content, key) or is_page
-        if response.status == 200 and isinstance(content, dict) and is_complete:
-            return content
+        if response.status == 200 and isinstance(content, dict):
+            is_page = key == "chunk" and key in content  # It may be empty, or null.
+            if not key or part(content, key) or is_page:
+                return content
         raise failure_of(response, content)
 
 

@@ -14,6 +14,7 @@ from support.proxy import JOIN, MESSAGES, SEND, SYNC, Proxy
 from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
+MEANWHILE = [[], ["chat"], ["!replybot x", "chat"], [f"!replybot {n}" for n in range(12)]]
 TROUBLES = {
     "sends hang": (SEND, faults.silence),
     "join hangs": ("/join", faults.silence),
@@ -159,10 +160,13 @@ async def test_room_with_a_gap_moves_on_with_each_reply(manners: Manners) -> Non
 
 
 @families
-@pytest.mark.parametrize("meanwhile", ["nothing", "chat", "!replybot second"])
-async def test_invited_again_while_a_reply_is_sent(manners: Manners, meanwhile: str) -> None:
+@pytest.mark.parametrize("limit", [5, 1000])
+@pytest.mark.parametrize("meanwhile", MEANWHILE, ids=len)
+async def test_invited_again_while_a_reply_is_sent(
+    manners: Manners, meanwhile: list[str], limit: int
+) -> None:
     """What is said before the join counts, though the room had a reply to wait for in between."""
-    texts = ["first", "second"] if "second" in meanwhile else ["first"]
+    texts = ["first", *(t.removeprefix("!replybot ") for t in meanwhile if t != "chat")]
     sent, may_join = asyncio.Event(), asyncio.Event()
 
     async def late(proxy: Proxy, request: web.Request) -> web.StreamResponse:
@@ -170,7 +174,7 @@ async def test_invited_again_while_a_reply_is_sent(manners: Manners, meanwhile: 
         await sent.wait()
         return answer
 
-    async with field_of(manners, timeline_limit=5) as field:
+    async with field_of(manners, timeline_limit=limit) as field:
         room, other = [field.server.room() for _ in range(2)]
         await field.bot.run()
         with (
@@ -180,9 +184,8 @@ async def test_invited_again_while_a_reply_is_sent(manners: Manners, meanwhile: 
             room.command("first")
             await sending.happens()
             await room.answers("first")
-            if meanwhile != "nothing":
-                room.say(meanwhile)
-                await is_past(field, field.server.position)
+            room.say(*meanwhile)
+            await is_past(field, field.server.position)
             room.set_membership("leave", ALICE)
             room.set_membership("invite", ALICE)
             await joining.happens()
