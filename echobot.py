@@ -375,8 +375,7 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did and only its answer was lost."""
-    may_be_done = room.sending == tx_id
-    if may_be_done:
+    if room.sending == tx_id:
         page: Any = await room.client.room_messages(room.id, limit=100)
         if content["echobot.answers"] in answered_in(room, by_id(page, "chunk")):
             return True
@@ -384,7 +383,7 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
     try:
         return await room.client.room_send(room.id, "m.room.message", content, tx_id)
     except Failure as failure:
-        if failure.status and not may_be_done:
+        if failure.status:
             room.sending = ""  # Refused: there is nothing to look for.
         raise
 
