@@ -612,8 +612,7 @@ class Client(AsyncClient):
             async with request as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
-            # Other texts may quote a proxy's password.
-            text = str(error) if isinstance(error, OSError) else ""
+            text = str(error) if isinstance(error, OSError) else ""  # Others may quote a password.
             text = text or f"{type(error).__name__} {getattr(error, 'status', '')}"
             raise Failure(text.strip()) from None
         content: Any = None

@@ -143,7 +143,18 @@ async def test_position_refused_for_a_moment_is_kept() -> None:
         *(position_is_kept(refusal, 1) for refusal in (MALFORMED, NOT_FOUND)),
         *(position_is_kept(refusal, 12, SYNC) for refusal in (MALFORMED, NOT_FOUND)),
         *(position_is_kept(refusal, 7) for refusal in html),
+        position_is_kept(in_turn(MALFORMED, faults.silence, MALFORMED), 3),
     )
+
+
+def in_turn(*course: Fault) -> Fault:
+    """One fault after the other."""
+    rest = iter(course)
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        return await next(rest)(proxy, request)
+
+    return fault
 
 
 async def position_is_kept(refusal: Fault, times: int, pattern: str = POLL) -> None:
