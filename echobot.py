@@ -220,9 +220,7 @@ async def follow_older(client: "Client") -> None:
 
 def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     """Hand each room its part of a sync response; return the tasks that answer news."""
-    kinds = [part(response, "rooms", kind, kind=dict) for kind in ("join", "invite")]
-    # An ID with a space could pass for another line of next_batch.
-    joined, invited = [{i: r[i] for i in r if re.fullmatch(r"!\S+", i)} for r in kinds]
+    joined, invited = rooms_of(response, "join"), rooms_of(response, "invite")
     for room_id in invited.keys() - client.invited:
         room = client.room(room_id)
         if room.joining:  # an earlier invitation
@@ -235,6 +233,13 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
         return []  # Not every homeserver heeds the filter: these timelines are history.
     heard = [hear(client.room(i), part(joined, i, "timeline", kind=dict), since) for i in joined]
     return [task for task in heard if task]
+
+
+def rooms_of(response: JSON, membership: str) -> JSON:
+    """Return what a sync response has of the rooms with a membership, by room ID."""
+    rooms = part(response, "rooms", membership, kind=dict)
+    # An ID with a space could pass for another line of next_batch.
+    return {room_id: rooms[room_id] for room_id in rooms if re.fullmatch(r"!\S+", room_id)}
 
 
 class Room:
@@ -263,8 +268,8 @@ def hear(room: Room, timeline: JSON, since: str) -> Task | None:
     state, events = room.client.state, by_id(timeline, "events")
     is_new = any(i not in room.events and i not in room.done for i in events)
     state.behind.setdefault(room.id, since)
-    is_limited = part(timeline, "limited", kind=bool) or room.is_invited
-    if is_limited or len(room.events) > MAX_REMEMBERED:
+    is_limited = part(timeline, "limited", kind=bool)
+    if is_limited or room.is_invited or len(room.events) > MAX_REMEMBERED:
         room.events, room.has_gap = Events(), True
     room.events |= events
     room.upto, room.is_invited = state.next_batch, False
@@ -375,10 +380,8 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did and only its answer was lost."""
-    if room.sending == tx_id:
-        page: Any = await room.client.room_messages(room.id, limit=100)
-        if content["echobot.answers"] in answered_in(room, by_id(page, "chunk")):
-            return True
+    if room.sending == tx_id and await is_sent(room, content):
+        return True
     room.sending = tx_id
     try:
         return await room.client.room_send(room.id, "m.room.message", content, tx_id)
@@ -386,6 +389,12 @@ async def send(room: Room, content: JSON, tx_id: str) -> Any:
         if failure.status:
             room.sending = ""  # Refused: there is nothing to look for.
         raise
+
+
+async def is_sent(room: Room, content: JSON) -> bool:
+    """Tell whether a reply is among the room's last messages."""
+    page: Any = await room.client.room_messages(room.id, limit=100)
+    return content["echobot.answers"] in answered_in(room, by_id(page, "chunk"))
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
