@@ -556,9 +556,8 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     seconds = max(0.0, min(part(content, "retry_after_ms", kind=int), 10**6)) / 1000
     with suppress(ValueError):
         seconds = seconds or float(told)
-    with suppress(
-        ValueError, TypeError, OverflowError
-    ):  # A date counts by the server's clock: ours may be wrong.
+    # A date counts by the server's clock: ours may be wrong.
+    with suppress(ValueError, TypeError, OverflowError):
         seconds = (parsedate_to_datetime(told) - parsedate_to_datetime(now)).total_seconds()
     failure.retry_after = max(0, min(seconds, 2 * MAX_DELAY))
     return failure
