@@ -65,8 +65,9 @@ class FarRoom(Room):
     async def is_full(self) -> bool:
         """Tell whether the account is in the room, once both homeservers know all members."""
         await self.user.members(self.room_id)
-        with suppress(MatrixError):
-            return bool(await self.account.members(self.room_id))
+        with suppress(MatrixError, TimeoutError):
+            async with asyncio.timeout(10):  # Amid a join, Synapse may wait for its end.
+                return bool(await self.account.members(self.room_id))
         return False
 
 
