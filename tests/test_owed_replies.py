@@ -1,6 +1,7 @@
 """What a room still owes costs only itself, and no crash loses or doubles any of it."""
 
 import asyncio
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import support.proxy as faults
 from aiohttp import web
-from support.bot import Bot, eventually
+from support.bot import Bot, eventually, together
 from support.people import Room as PeoplesRoom
 from support.proxy import JOIN, MESSAGES, SEND, SYNC, Proxy
 from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
@@ -160,12 +161,14 @@ async def test_room_with_a_gap_moves_on_with_each_reply(manners: Manners) -> Non
 
 
 @families
-@pytest.mark.parametrize("limit", [5, 1000])
-@pytest.mark.parametrize("meanwhile", MEANWHILE, ids=len)
-async def test_invited_again_while_a_reply_is_sent(
-    manners: Manners, meanwhile: list[str], limit: int
-) -> None:
+async def test_invited_again_while_a_reply_is_sent(manners: Manners) -> None:
     """What is said before the join counts, though the room had a reply to wait for in between."""
+    kinds = itertools.product(MEANWHILE, (5, 1000))
+    await together(*(all_is_answered(manners, *kind) for kind in kinds))
+
+
+async def all_is_answered(manners: Manners, meanwhile: list[str], limit: int) -> None:
+    """Assert that where this was said before the invitation, with timelines so long."""
     texts = ["first", *(t.removeprefix("!replybot ") for t in meanwhile if t != "chat")]
     sent, may_join = asyncio.Event(), asyncio.Event()
 
@@ -244,11 +247,13 @@ MEMBERSHIP_UNTOLD = replace(FAMILIES["synapse"], tells_membership=False)
 @pytest.mark.parametrize(
     "manners", [*FAMILIES.values(), MEMBERSHIP_UNTOLD], ids=[*FAMILIES, "old synapse"]
 )
-@pytest.mark.parametrize("is_first_start", [True, False])
-async def test_killed_between_two_replies_far_from_the_invitation(
-    manners: Manners, is_first_start: bool
-) -> None:
+async def test_killed_between_two_replies_far_from_the_invitation(manners: Manners) -> None:
     """What precedes the join counts, though only it and the first reply are read back."""
+    await together(*(second_is_answered(manners, is_first) for is_first in (True, False)))
+
+
+async def second_is_answered(manners: Manners, is_first_start: bool) -> None:
+    """Assert that for an invitation from before the first start, or from a downtime."""
     async with field_of(manners) as field:
         room = field.server.room("leave")
         if not is_first_start:
