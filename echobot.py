@@ -413,9 +413,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
             ends |= {i for i in page if own_membership(room, page[i]) == "invite"}
             ends |= answered_in(room, page)
         # To the oldest known: what comes late from other homeservers has its place among these.
-        if page.keys() & (known[-1:] or ends):
-            break
-        if not known and not page:  # The rest is hidden.
+        if page.keys() & (known[-1:] or ends) or not (known or page):  # Or the rest is hidden.
             break
     order = list(reversed(read))
     oldest = min(map(order.index, read.keys() & ends), default=0)
