@@ -420,13 +420,9 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     # Leave out the oldest known, up to the first event that is new or answered: what is above that
     # may have been fetched from other homeservers later, though it seems as old. State is no sign
     # of it: not every homeserver has all of that in its pages.
-    answered = answered_in(room, read) | room.done.keys()
-
-    def is_old(event_id: str) -> bool:
-        is_state = "state_key" in read[event_id] and not own_membership(room, read[event_id])
-        return event_id not in answered and (event_id in known or is_state)
-
-    return {i: read[i] for i in dropwhile(is_old, order[oldest:])}
+    old = {i for i, e in read.items() if "state_key" in e and not own_membership(room, e)}
+    old = (old | set(known)) - answered_in(room, read) - room.done.keys()
+    return {i: read[i] for i in dropwhile(old.__contains__, order[oldest:])}
 
 
 async def known_at(room: Room, position: str) -> list[str]:
