@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import support.proxy as faults
 from aiohttp import web
-from support.bot import Bot, eventually, together
+from support.bot import Bot, eventually, fork, together
 from support.people import Room as PeoplesRoom
 from support.proxy import JOIN, MESSAGES, SEND, SYNC, Proxy
 from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
@@ -200,6 +200,56 @@ async def all_is_answered(manners: Manners, meanwhile: list[str], limit: int) ->
             room.command(*range(3, 5))
             may_join.set()
             await room.answers(*texts, *range(5))
+
+
+# Silent, after a while, to what is no command.
+SILENT = """
+async def reply_to(event: RoomMessageText) -> str | None:
+    if event.body.startswith(COMMAND):
+        return event.body.removeprefix(COMMAND).strip()
+    while not Path(os.environ["STATE_DIRECTORY"], "go").exists():
+        await asyncio.sleep(0.05)
+    return None
+"""
+
+
+def begin_with_the_join(answer: Any) -> Any:
+    """Have timelines that the bot's own join is in begin there, as if nothing were left out."""
+    for room in answer["rooms"].get("join", {}).values():
+        events = room["timeline"]["events"]
+        joins = [
+            n for n, event in enumerate(events) if event["content"].get("membership") == "join"
+        ]
+        if joins:
+            room["timeline"] = {"events": events[joins[-1] :], "limited": False}
+    return answer
+
+
+@families
+async def test_invited_again_amid_a_silent_turn(manners: Manners) -> None:
+    """What is said before the join counts, though no reply and no timeline says where to look."""
+    may_join = asyncio.Event()
+    async with field_of(manners) as field:
+        room, other = [field.server.room() for _ in range(2)]
+        field.bot.script = fork(field.bot.directory, SILENT)
+        await field.bot.run()
+        with (
+            field.proxy.inject(faults.rewrite(begin_with_the_join), SYNC),
+            field.proxy.inject(faults.hold(may_join.wait), of(room, JOIN), times=1) as joining,
+        ):
+            room.say("slow")
+            await is_past(field, field.server.position)
+            room.set_membership("leave", ALICE)
+            room.set_membership("invite", ALICE)
+            await joining.happens()
+            room.command(*range(3))
+            room.say(*["chat"] * 110)
+            (field.bot.state / "go").touch()
+            for n in range(2):
+                other.command(n)
+                await other.answers(*range(n + 1))
+            may_join.set()
+            await room.answers(*range(3))
 
 
 @pytest.mark.others

@@ -106,6 +106,26 @@ async def test_systemd_is_told_what_the_bot_does(
     assert messages.count("READY=1") == 1
 
 
+# Which takes longer to save a position than the homeserver holds a poll.
+SLOW_DISK = """
+import os, time
+def fsync(descriptor, real=os.fsync, sleep=time.sleep):
+    sleep(1)
+    real(descriptor)
+os.fsync = fsync
+"""
+
+
+@pytest.mark.speed(60)
+async def test_watchdog_is_fed_though_saves_take_longer_than_polls(
+    quick_bot: Bot, messages: list[str]
+) -> None:
+    """Where each poll is over before the position is saved, systemd is told of each one too."""
+    quick_bot.customize = SLOW_DISK
+    await quick_bot.run()
+    await eventually(lambda: messages.count("WATCHDOG=1") >= 4)
+
+
 async def test_notifications_that_nobody_reads_hold_nothing_up(tmp_path: Path) -> None:
     """Whether the socket is full, gone or never was there: it answers, and ends when it is told."""
 

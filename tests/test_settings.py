@@ -361,11 +361,10 @@ async def test_discovery_that_hangs_holds_nothing_up(
     await bot.run()
     assert await bot.stop() == 0
     await room.command("meanwhile")
+    lookup = faults.silence if hangs == "lookup" else faults.not_found
     async with running_proxy(NOWHERE) as last:
-        with last.inject(faults.silence), server.inject(faults.not_found, WELL_KNOWN) as asked:
-            if hangs == "lookup":
-                asked.fault = faults.silence
-            else:
+        with last.inject(faults.silence), server.inject(lookup, WELL_KNOWN) as asked:
+            if hangs == "last homeserver":
                 session = {**bot.session, "homeserver": last.url}
                 (bot.state / "session.json").write_text(json.dumps(session))
             await bot.start()
