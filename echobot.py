@@ -111,7 +111,7 @@ async def main() -> None:
         await persist(lambda: log_in(client), f"the login at {client.homeserver}")
     client.state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
-    await guarded(sync_forever(client))
+    await sync_forever(client)
 
 
 def setting(name: str, default: str = "", form: str = ONE_LINE, example: str = "text") -> str:
@@ -754,7 +754,7 @@ if __name__ == "__main__":
         stop(2, "takes no arguments but --help; settings are environment variables")
     else:
         loop = asyncio.new_event_loop()
-        running = loop.create_task(main())
+        running = loop.create_task(guarded(main()))
         while not running.done():
             with suppress(SystemExit, KeyboardInterrupt):  # of a task of reply_to's own
                 loop.run_until_complete(running)
