@@ -380,21 +380,18 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
     """Send a reply, unless the attempt before did and only its answer was lost."""
-    if room.sending == tx_id and await is_sent(room, content):
-        return True
+    client = room.client
+    if room.sending == tx_id:
+        page: Any = await client.room_messages(room.id, limit=100)
+        if content["echobot.answers"] in answered_in(room, by_id(page, "chunk")):
+            return True
     room.sending = tx_id
     try:
-        return await room.client.room_send(room.id, "m.room.message", content, tx_id)
+        return await client.room_send(room.id, "m.room.message", content, tx_id)
     except Failure as failure:
         if failure.status:
             room.sending = ""  # Refused: there is nothing to look for.
         raise
-
-
-async def is_sent(room: Room, content: JSON) -> bool:
-    """Tell whether a reply is among the room's last messages."""
-    page: Any = await room.client.room_messages(room.id, limit=100)
-    return content["echobot.answers"] in answered_in(room, by_id(page, "chunk"))
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
