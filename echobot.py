@@ -62,7 +62,7 @@ MAX_DELAY = 60  # s between two attempts
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
-MAX_REMEMBERED = 1000  # events of a room, or 100 more
+MAX_REMEMBERED = 1000  # events of a room
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by nio's name of the response.
@@ -318,8 +318,7 @@ async def answer_events(room: Room, events: Events) -> None:
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.id, frames)
         room.done[event_id] = None
-    if len(room.done) > MAX_REMEMBERED + 100:
-        room.done = dict.fromkeys(list(room.done)[-MAX_REMEMBERED:])
+    room.done = dict.fromkeys(list(room.done)[-MAX_REMEMBERED:])
 
 
 def answered_in(room: Room, events: Events) -> set[str]:
