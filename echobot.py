@@ -159,7 +159,7 @@ async def sync_forever(client: "Client") -> None:
         # Let the replies keep up, and don't poll in a rush.
         if answering:
             await asyncio.wait(answering, timeout=INTERVAL)
-        elif since:
+        else:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
         client.sync_clock += min(time.monotonic() - began, SYNC_TIMEOUT / 1000)
 
