@@ -95,12 +95,11 @@ async def reply_to(event: RoomMessageText) -> str | JSON | None:
 
 async def main() -> None:
     """Log in and answer until a signal comes."""
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop(0, "stopped"))  # At once, whatever blocks the loop.
     sys.setrecursionlimit(20_000)  # Dendrite takes events that nest 10,000 deep.
     # However many threads reply_to blocks, saves and look-ups of names need some, too.
-    loop.set_default_executor(ThreadPoolExecutor(10**6))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(10**6))
     # Other loggers are silent: nio's quote events and access tokens.
     logging.basicConfig(level=logging.CRITICAL, format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(setting("LOG_LEVEL", "INFO", "(?ai)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
