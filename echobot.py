@@ -301,8 +301,8 @@ async def answer_events(room: Room, events: Events) -> None:
     answered = answered_in(room, events)
     room.done |= dict.fromkeys(answered)
     # What came while the bot was neither invited nor joined is none of its business. Not every
-    # homeserver tells the membership at each event: then follow its changes. Before a first change
-    # to invite or join it was out, before any other it was in. Where it has answered it was in.
+    # homeserver tells the membership at each event: then follow its changes, before the first of
+    # which it was the other way round. Where it has answered it was in.
     changes = filter(None, (own_membership(room, event) for event in events.values()))
     membership = "leave" if next(changes, "") in ("invite", "join") else "join"
     for event_id, event in events.items():
