@@ -251,7 +251,7 @@ class Room:
     is_invited = False  # its first timeline, which may begin after the invitation, is to come
     answering: Task | None = None
     joining: Task | None = None  # of the last invitation in this life, though it may be over
-    sending = ""  # the transaction ID of what may have been sent
+    is_unsure = False  # whether its reply was sent: an answer was lost
     failing_since = NEVER  # s, by Client.sync_clock
     has_notice = False  # that it is encrypted
 
@@ -355,6 +355,7 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
         content["echobot.answers"] = event_id
         tx_id = name.encode(errors="replace").hex()  # safe in any URL
         what = f"the reply to {event_id} in {room.id}"
+        room.is_unsure = False
         if await persist(lambda: send(room, content, tx_id), what, room):
             log.info("Answered %s in %s", event_id, room.id)
 
@@ -377,19 +378,13 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
-    """Send a reply, unless the attempt before did and only its answer was lost."""
+    """Send a reply, unless an attempt before did and only its answer was lost."""
     client = room.client
-    if room.sending == tx_id:
+    if room.is_unsure:
         page: Any = await client.room_messages(room.id, limit=100)
         if content["echobot.answers"] in answered_in(room, by_id(page, "chunk")):
             return True
-    room.sending = tx_id
-    try:
-        return await client.room_send(room.id, "m.room.message", content, tx_id)
-    except Failure as failure:
-        if failure.status:
-            room.sending = ""  # Refused: there is nothing to look for.
-        raise
+    return await client.room_send(room.id, "m.room.message", content, tx_id)
 
 
 async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Events:
@@ -516,6 +511,7 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
 
 def gives_up(room: Room, failure: "Failure") -> bool:
     """Tell whether to give up: a message is refused for itself, or its room fails for long."""
+    room.is_unsure = room.is_unsure or not failure.status
     if failure.status == 429:
         room.failing_since = NEVER  # To wait is not to fail.
         return False
