@@ -539,7 +539,7 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
     if errcode and 400 <= status < 500:  # A "no" of what stands before it has none, and may pass.
         failure.status = status
-    if status == 429 or (errcode in BLOCKED and status in (401, 403)):
+    if status == 429 or errcode in BLOCKED:
         failure.status = 429
     told, now = headers.get("Retry-After", ""), headers.get("Date", "")
     seconds = max(0.0, min(part(content, "retry_after_ms", kind=int), 10**6)) / 1000
