@@ -151,6 +151,7 @@ async def sync_forever(client: "Client") -> None:
             notify("WATCHDOG=1")
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
+        client.hold = SYNC_TIMEOUT
         if not catching_up:  # Only now: what is read back from here has all earlier replies.
             notify("READY=1")
             catching_up = asyncio.create_task(guarded(catch_up(client)))
@@ -170,7 +171,7 @@ async def poll(client: "Client") -> Any:
     client.hold = 0
     refused_since, client.refused_since = client.refused_since, NEVER
     try:
-        response = await client.sync(hold, sync_filter(since), since)
+        return await client.sync(hold, sync_filter(since), since)
     except Failure as failure:
         if failure.status == 401:
             await log_in(client)  # Only here: others are repeated with the new token.
@@ -182,8 +183,6 @@ async def poll(client: "Client") -> Any:
             log.error("next_batch %s is refused, what came since is lost: starting from now", since)
             client.state.next_batch = ""
         raise
-    client.hold = SYNC_TIMEOUT
-    return response
 
 
 def sync_filter(since: str) -> JSON:
