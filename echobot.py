@@ -406,12 +406,11 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
             break
     order = list(reversed(read))
     oldest = min(map(order.index, read.keys() & ends), default=0)
-    # Leave out the oldest known, up to the first event that is new or answered: what is above that
-    # may have been fetched from other homeservers later, though it seems as old. State is no sign
-    # of it: not every homeserver has all of that in its pages.
-    old = {i for i, e in read.items() if "state_key" in e and not own_membership(room, e)}
-    old = (old | set(known)) - answered_in(room, read) - room.done.keys()
-    return {i: read[i] for i in dropwhile(old.__contains__, order[oldest:])}
+    # Begin where something is new or answered: what is above that may have been fetched from other
+    # homeservers later, though it seems known. State is not new: some pages leave it out.
+    new = {i for i, e in read.items() if "state_key" not in e or own_membership(room, e)}
+    new = (new - set(known)) | answered_in(room, read) | room.done.keys()
+    return {i: read[i] for i in dropwhile(lambda i: i not in new, order[oldest:])}
 
 
 async def known_at(room: Room, position: str) -> list[str]:
