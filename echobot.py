@@ -140,7 +140,7 @@ async def guarded(work: Awaitable[Any]) -> Any:
 
 async def sync_forever(client: "Client") -> None:
     """Hand what each sync brings to its rooms, save what is done, and poll on."""
-    state, catching_up = client.state, None
+    state = client.state
     while True:
         began = time.monotonic()
         notify("WATCHDOG=1")
@@ -152,9 +152,11 @@ async def sync_forever(client: "Client") -> None:
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
         client.hold = SYNC_TIMEOUT
-        if not catching_up:  # Only now: what is read back from here has all earlier replies.
+        if not client.older:  # Only now: what is read back from here has all earlier replies.
             notify("READY=1")
-            catching_up = asyncio.create_task(guarded(catch_up(client)))
+            client.older = asyncio.create_task(guarded(follow_older(client)))
+            for room in map(client.room, state.behind):
+                hear(room, {"limited": True}, since)
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
         if answering:
@@ -194,17 +196,6 @@ def sync_filter(since: str) -> JSON:
         # Else Synapse leaves out rooms that it has joined only in part.
         room["state"] = {**nothing, "lazy_load_members": True}
     return {"room": room, "presence": nothing, "account_data": nothing}
-
-
-async def catch_up(client: "Client") -> None:
-    """Follow the invitations from before the saved position, and answer what was owed there."""
-    older = asyncio.create_task(guarded(follow_older(client)))
-    # Join first: Conduit hides for good what is read of a room by one who is only invited.
-    await asyncio.wait([older], timeout=10)
-    for room in map(client.room, client.state.behind):
-        if not room.answering and not room.joining:  # Else it will hear from the poll.
-            hear(room, {"limited": True}, "")
-    await older
 
 
 async def follow_older(client: "Client") -> None:
@@ -278,8 +269,11 @@ def hear(room: Room, timeline: JSON, since: str) -> Task | None:
 
 async def answer_room(room: Room) -> None:
     """Answer all that a room hears, and note the position up to which that is done."""
-    behind = room.client.state.behind
-    async with room.client.slots:
+    client, behind = room.client, room.client.state.behind
+    if room.has_gap and client.older:
+        # Join first: Conduit hides for good what is read of a room by one who is only invited.
+        await asyncio.wait([client.older], timeout=10)
+    async with client.slots:
         # Once it is invited again, all waits for its next timeline, which will have a gap.
         while (upto := room.upto) and not room.is_invited:
             events, has_gap = room.events, room.has_gap
@@ -567,6 +561,7 @@ class Client(AsyncClient):
         self.restore_login(user, part(self.state.session, "device_id") or "ECHOBOT", token)
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
+        self.older: Task | None = None  # follows the invitations from before the saved position
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
         self.hold = 0  # ms, of the next poll
         self.refused_since = NEVER  # s: since when next_batch is refused
