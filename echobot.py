@@ -152,7 +152,7 @@ async def sync_forever(client: "Client") -> None:
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
         client.hold = SYNC_TIMEOUT
-        if not client.older:  # Only now: what is read back from here has all earlier replies.
+        if not (client.older and since):  # Only now: what is read back has all earlier replies.
             notify("READY=1")
             client.older = asyncio.create_task(guarded(follow_older(client)))
             for room in map(client.room, state.behind):
@@ -182,8 +182,10 @@ async def poll(client: "Client") -> Any:
             await client.sync(hold, sync_filter(""), "")
             client.refused_since = min(refused_since, time.monotonic())
         if time.monotonic() - client.refused_since >= 60:
-            log.error("next_batch %s is refused, what came since is lost: starting from now", since)
+            log.error("next_batch %s is refused: starting from now, and from what is known", since)
             client.state.next_batch = ""
+            for room_id in client.known_rooms:
+                client.state.behind.setdefault(room_id, "")
         raise
 
 
@@ -241,7 +243,7 @@ class Room:
     is_invited = False  # its first timeline, which may begin after the invitation, is to come
     answering: Task | None = None
     joining: Task | None = None  # of the last invitation in this life, though it may be over
-    is_unsure = False  # whether its reply was sent: an answer was lost
+    may_be_sent = False  # the reply under way: an answer was lost
     failing_since = NEVER  # s, by Client.sync_clock
     has_notice = False  # that it is encrypted
 
@@ -249,7 +251,7 @@ class Room:
         self.client, self.id, self.events = client, room_id, Events()
         self.has_gap = room_id in client.state.behind  # since before the start
         self.done: dict[str, None] = {}  # event IDs: later timelines may repeat them
-        self.redacted = set[str]()  # event IDs: while they wait
+        self.redacted = set[str]()  # event IDs, while replies are under way
 
 
 def hear(room: Room, timeline: JSON, since: str) -> Task | None:
@@ -303,8 +305,7 @@ async def answer_events(room: Room, events: Events) -> None:
         membership = "join" if event_id in answered else membership
         at_event = part(event, "unsigned", "membership") or membership
         try:
-            is_due = event_id not in room.done and event_id not in room.redacted
-            if is_due and at_event in ("invite", "join"):
+            if event_id not in room.done and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
@@ -329,7 +330,7 @@ def own_membership(room: Room, event: Any) -> str:
 
 async def answer(room: Room, event_id: str, event: JSON) -> None:
     """Answer an event if it calls for that; return once the reply is acknowledged."""
-    content, name = None, event_id
+    content = None
     match event:
         case {"sender": room.client.user_id} | {"unsigned": {"redacted_because": _}}:
             return
@@ -339,16 +340,16 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            name = room.id  # A second notice, after a restart, is dropped for a while.
+            event_id = room.id  # one notice for all of them
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = [event["content"].get(key) for key in ("formatted_body", "format")]
             source = {**event, "room_id": room.id}
             content = await reply_content(RoomMessageText(source, body, *style))
     if content:
         content["echobot.answers"] = event_id
-        tx_id = name.encode(errors="replace").hex()  # safe in any URL
+        tx_id = event_id.encode(errors="replace").hex()  # safe in any URL
         what = f"the reply to {event_id} in {room.id}"
-        room.is_unsure = False
+        room.may_be_sent = event_id == room.id  # that is, in an earlier life
         if await persist(lambda: send(room, content, tx_id), what, room):
             log.info("Answered %s in %s", event_id, room.id)
 
@@ -371,11 +372,13 @@ async def reply_content(event: RoomMessageText) -> JSON | None:
 
 
 async def send(room: Room, content: JSON, tx_id: str) -> Any:
-    """Send a reply, unless an attempt before did and only its answer was lost."""
-    client = room.client
-    if room.is_unsure:
+    """Send a reply, unless it was sent before and only the answer was lost, or is unwanted now."""
+    client, event_id = room.client, content["echobot.answers"]
+    if event_id in room.redacted:
+        return None
+    if room.may_be_sent:
         page: Any = await client.room_messages(room.id, limit=100)
-        if content["echobot.answers"] in answered_in(room, by_id(page, "chunk")):
+        if event_id in answered_in(room, by_id(page, "chunk")):
             return True
     return await client.room_send(room.id, "m.room.message", content, tx_id)
 
@@ -394,7 +397,7 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
         read |= page
         if not known:
             ends |= {i for i in page if own_membership(room, page[i]) == "invite"}
-            ends |= answered_in(room, page)
+            ends |= answered_in(room, page) | room.done.keys()
         # To the oldest known: what comes late from other homeservers has its place among these.
         if page.keys() & (known[-1:] or ends) or not (known or page):  # Or the rest is hidden.
             break
@@ -503,12 +506,10 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
 
 def gives_up(room: Room, failure: "Failure") -> bool:
     """Tell whether to give up: a message is refused for itself, or its room fails for long."""
-    room.is_unsure = room.is_unsure or not failure.status
-    if failure.status == 429:
-        room.failing_since = NEVER  # To wait is not to fail.
-        return False
-    if failure.status in (400, 413):
-        return True
+    room.may_be_sent = room.may_be_sent or not failure.status
+    if failure.status in (400, 413, 429):
+        room.failing_since = NEVER  # The room does not fail, nor does who waits.
+        return failure.status != 429
     # After that each request gets one attempt, until one succeeds.
     room.failing_since = min(room.failing_since, room.client.sync_clock)
     return room.client.sync_clock - room.failing_since >= PATIENCE
@@ -681,8 +682,9 @@ class State:
             log.warning("Not using the state of %s", owner)
             text, self.session = "", {}
         self.next_batch = text.partition("\n")[0].strip()
-        if self.session and not self.next_batch:
-            log.error("next_batch is missing or empty: starting from now")
+        if not self.next_batch:
+            level = logging.ERROR if self.session else logging.INFO  # At a first start it is right.
+            log.log(level, "next_batch is missing or empty: starting from now")
         # By room ID, positions before which all is answered.
         self.behind = dict(re.findall(r"(?m)^(!\S+) ?(\S*)", text))
 

@@ -78,6 +78,8 @@ async def test_patience_is_for_one_room_and_one_trouble() -> None:
     """A reply is given up after ten minutes; trouble before a quiet time does not count."""
     async with field_of(speed=120) as field:
         await field.bot.run()
+        # First, since some requests of all the rooms are refused for it.
+        await fails_long_after_refusal(field)
         await together(always_fails(field), fails_after_quiet(field))
 
 
@@ -95,6 +97,27 @@ async def always_fails(field: Field) -> None:
     await room.answers("next")
 
 
+async def fails_long_after_refusal(field: Field) -> None:
+    """Assert that a room whose last reply failed and was refused then has the patience of any."""
+    room = field.server.room()
+    too_large = faults.answer(413, {"errcode": "M_TOO_LARGE", "error": "event too large"})
+    course = faults.in_turn(faults.internal_error, too_large)
+    with field.proxy.inject(course, sends_to(room.room_id), times=2):
+        event_id = room.command("too large")
+        await field.bot.logs(f"Gave up on the reply to {event_id}")
+    await stays_quiet(field)
+    with field.proxy.inject(faults.internal_error, sends_to(room.room_id), times=1) as failure:
+        room.command("hello")
+        await room.answers("hello")
+        assert failure.happened
+
+
+async def stays_quiet(field: Field) -> None:
+    """Wait until more time has passed than the patience with a room."""
+    began = field.now()
+    await eventually(lambda: field.now() - began > 660, what="the quiet time")
+
+
 async def fails_after_quiet(field: Field) -> None:
     """Assert that a room that failed and was quiet has the patience of any."""
     room = field.server.room()
@@ -103,8 +126,7 @@ async def fails_after_quiet(field: Field) -> None:
         event_id = room.command("first")
         await failure.happens()
         await field.bot.logs(f"Answered {event_id}")
-    began = field.now()
-    await eventually(lambda: field.now() - began > 660, what="the quiet time")
+    await stays_quiet(field)
     with field.proxy.inject(faults.internal_error, sends, times=5) as failure:
         room.command("hello")
         await room.answers("first", "hello")

@@ -11,7 +11,7 @@ import support.proxy as faults
 from aiohttp import web
 from support.bot import Bot, eventually, fork, together
 from support.people import Room as PeoplesRoom
-from support.proxy import JOIN, MESSAGES, SEND, SYNC, Proxy
+from support.proxy import JOIN, MESSAGES, POLL, SEND, SYNC, Proxy
 from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
@@ -257,16 +257,19 @@ async def test_invited_again_amid_a_silent_turn(manners: Manners) -> None:
 async def test_command_redacted_while_it_waits_is_not_answered(
     room: PeoplesRoom, quick_bot: Bot, proxy: Proxy
 ) -> None:
-    """What is behind it in the room still is."""
+    """Whether it waits for another one's reply or its own; what is behind it still is."""
     await quick_bot.run()
+    said = list[str]()
     with proxy.inject(faults.internal_error, SEND) as failing:
-        await room.command("first")
-        await failing.happens()
-        redacted = await room.command("redacted")
-        await room.user.request("PUT", f"/rooms/{room.room_id}/redact/{redacted}/{redacted}", {})
-        await room.command("last")
-        await failing.happens(times=failing.happened + 3)
-    assert await room.replies(2) == ["first", "last"]
+        for n in range(4):
+            said.append(await room.command(n))
+            await failing.happens()
+        for redacted in (said[0], said[2]):
+            path = f"/rooms/{room.room_id}/redact/{redacted}/{redacted}"
+            await room.user.request("PUT", path, {})
+        await room.command(4)
+        await proxy.counts(POLL, proxy.count(POLL) + 2)  # Then the redactions were told.
+    assert await room.replies(3) == ["1", "3", "4"]
 
 
 @families

@@ -11,7 +11,8 @@ import support.proxy as faults
 from aiohttp import web
 from support.bot import eventually, together
 from support.proxy import FIRST_SYNC, JOIN, LOGIN, MESSAGES, POLL, SEND, SYNC, Fault, Proxy
-from support.scripted import DENDRITE, JSON, SYNAPSE, field_of
+from support.scripted import DENDRITE, JSON, SYNAPSE, Manners, field_of
+from test_owed_replies import families, is_past
 from test_refused_invitations import FORBIDDEN, LEAVE, NOT_FOUND, OWNER
 
 MALFORMED = faults.answer(400, {"errcode": "M_INVALID_PARAM", "error": "Malformed since"})
@@ -143,18 +144,8 @@ async def test_position_refused_for_a_moment_is_kept() -> None:
         *(position_is_kept(refusal, 1) for refusal in (MALFORMED, NOT_FOUND)),
         *(position_is_kept(refusal, 12, SYNC) for refusal in (MALFORMED, NOT_FOUND)),
         *(position_is_kept(refusal, 7) for refusal in html),
-        position_is_kept(in_turn(MALFORMED, faults.silence, MALFORMED), 3),
+        position_is_kept(faults.in_turn(MALFORMED, faults.silence, MALFORMED), 3),
     )
-
-
-def in_turn(*course: Fault) -> Fault:
-    """One fault after the other."""
-    rest = iter(course)
-
-    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        return await next(rest)(proxy, request)
-
-    return fault
 
 
 async def position_is_kept(refusal: Fault, times: int, pattern: str = POLL) -> None:
@@ -168,7 +159,32 @@ async def position_is_kept(refusal: Fault, times: int, pattern: str = POLL) -> N
             room.command(*range(3))
             await room.answers(*range(3))
             assert refused.happened == times
-        assert "starting from now" not in field.bot.log
+        assert "refused: starting from now" not in field.bot.log
+
+
+@families
+async def test_position_refused_while_the_bot_runs_costs_no_command(manners: Manners) -> None:
+    """What came since is read back in the rooms of this life: a homeserver was set back, say."""
+    async with field_of(manners, speed=30) as field:
+        rooms = [field.server.room() for _ in range(3)]
+        for room in rooms:
+            room.command("old")
+        await field.bot.run()
+        for room in rooms[:2]:
+            room.command("before")
+            await room.answers("before")
+        rooms[2].say("no command")
+        await is_past(field, field.server.position)
+        with field.proxy.inject(MALFORMED, POLL) as refused:
+            rooms[0].say("this ends the poll before")
+            await refused.happens()
+            for room in rooms:
+                room.command("meanwhile")
+            await field.bot.logs("refused: starting from now")
+        for room in rooms:
+            room.command("after")
+        for room, before in zip(rooms, (["before"], ["before"], []), strict=True):
+            await room.answers(*before, "meanwhile", "after")
 
 
 async def test_position_refused_for_a_minute_is_given_up_loudly() -> None:
@@ -188,7 +204,7 @@ async def position_is_given_up(refusal: Fault) -> None:
             await field.bot.start()
             await refused.happens()
             began = field.now()
-            await field.bot.logs("starting from now")
+            await field.bot.logs("refused: starting from now")
             assert 30 < field.now() - began < 200
             assert 3 < refused.happened < 20
             await field.bot.saves(other_than=position)

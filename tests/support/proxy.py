@@ -208,6 +208,16 @@ async def stall(proxy: Proxy, request: web.Request) -> web.StreamResponse:
     return await silence(proxy, request)
 
 
+def in_turn(*course: Fault) -> Fault:
+    """One fault after the other."""
+    rest = iter(course)
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        return await next(rest)(proxy, request)
+
+    return fault
+
+
 async def begin(answer: web.Response, request: web.Request) -> None:
     """Send the first half of an answer."""
     assert isinstance(answer.body, bytes)
