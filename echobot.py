@@ -239,7 +239,7 @@ class Room:
     If it `has_gap`, they do not reach back to that position: what is between has to be read.
     """
 
-    upto = ""
+    upto, has_gap = "", False
     is_invited = False  # its first timeline, which may begin after the invitation, is to come
     answering: Task | None = None
     joining: Task | None = None  # of the last invitation in this life, though it may be over
@@ -249,7 +249,6 @@ class Room:
 
     def __init__(self, client: "Client", room_id: str) -> None:
         self.client, self.id, self.events = client, room_id, Events()
-        self.has_gap = room_id in client.state.behind  # since before the start
         self.done: dict[str, None] = {}  # event IDs: later timelines may repeat them
         self.redacted = set[str]()  # event IDs, while replies are under way
 
