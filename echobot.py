@@ -156,7 +156,8 @@ async def sync_forever(client: "Client") -> None:
             notify("READY=1")
             client.older = asyncio.create_task(guarded(follow_older(client)))
             for room in map(client.room, state.behind):
-                hear(room, {"limited": True}, since)
+                if not room.is_invited:
+                    hear(room, {"limited": True}, since)
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
         if answering:

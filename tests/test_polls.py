@@ -174,16 +174,23 @@ async def test_position_refused_while_the_bot_runs_costs_no_command(manners: Man
             room.command("before")
             await room.answers("before")
         rooms[2].say("no command")
-        await is_past(field, field.server.position)
-        with field.proxy.inject(MALFORMED, POLL) as refused:
-            rooms[0].say("this ends the poll before")
-            await refused.happens()
+        may_join = asyncio.Event()
+        with field.proxy.inject(faults.hold(may_join.wait), JOIN) as joining:
+            rooms.append(field.server.room("invite"))
+            await joining.happens()
+            await is_past(field, field.server.position)
+            with field.proxy.inject(MALFORMED, POLL) as refused:
+                rooms[0].say("this ends the poll before")
+                await refused.happens()
+                for room in rooms:
+                    room.command("meanwhile")
+                await field.bot.logs("refused: starting from now")
             for room in rooms:
-                room.command("meanwhile")
-            await field.bot.logs("refused: starting from now")
-        for room in rooms:
-            room.command("after")
-        for room, before in zip(rooms, (["before"], ["before"], []), strict=True):
+                room.command("after")
+            await rooms[0].answers("before", "meanwhile", "after")
+            await field.proxy.counts(POLL, field.proxy.count(POLL) + 2)
+            may_join.set()
+        for room, before in zip(rooms, (["before"], ["before"], [], []), strict=True):
             await room.answers(*before, "meanwhile", "after")
 
 
