@@ -157,7 +157,7 @@ async def sync_forever(client: "Client") -> None:
             client.older = asyncio.create_task(guarded(follow_older(client)))
             for room in map(client.room, state.behind):
                 if not room.is_invited:
-                    hear(room, {"limited": True}, since)
+                    hear(room, {"limited": True})
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
         if answering:
@@ -212,18 +212,19 @@ async def follow_older(client: "Client") -> None:
 
 def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     """Hand each room its part of a sync response; return the tasks that answer news."""
-    joined, invited = rooms_of(response, "join"), rooms_of(response, "invite")
-    for room_id in invited.keys() - client.invited:
-        room = client.room(room_id)
+    # Without a position timelines are history: not every homeserver heeds the filter.
+    joined = rooms_of(response, "join") if since else {}
+    invited = rooms_of(response, "invite")
+    new = invited.keys() - client.invited
+    for room_id in [*joined, *new]:
+        client.state.behind.setdefault(room_id, since)
+    for room in map(client.room, new):
         if room.joining:  # an earlier invitation
             room.joining.cancel()
-        room.joining = asyncio.create_task(guarded(accept(room, invited[room_id])))
+        room.joining = asyncio.create_task(guarded(accept(room, invited[room.id])))
         room.is_invited = True
-        client.state.behind.setdefault(room_id, since)
     client.invited = set(invited)
-    if not since:
-        return []  # Not every homeserver heeds the filter: these timelines are history.
-    heard = [hear(client.room(i), part(joined, i, "timeline", kind=dict), since) for i in joined]
+    heard = [hear(client.room(i), part(joined, i, "timeline", kind=dict)) for i in joined]
     return [task for task in heard if task]
 
 
@@ -254,16 +255,14 @@ class Room:
         self.redacted = set[str]()  # event IDs, while replies are under way
 
 
-def hear(room: Room, timeline: JSON, since: str) -> Task | None:
-    """Have a room answer what came since a position; return its task if that is news."""
-    state, events = room.client.state, by_id(timeline, "events")
+def hear(room: Room, timeline: JSON) -> Task | None:
+    """Have a room answer what came in a sync; return its task if that is news."""
+    events = by_id(timeline, "events")
     is_new = any(i not in room.events and i not in room.done for i in events)
-    state.behind.setdefault(room.id, since)
-    is_limited = part(timeline, "limited", kind=bool)
-    if is_limited or room.is_invited or len(room.events) > MAX_REMEMBERED:
+    if part(timeline, "limited", kind=bool) or room.is_invited or len(room.events) > MAX_REMEMBERED:
         room.events, room.has_gap = Events(), True
     room.events |= events
-    room.upto, room.is_invited = state.next_batch, False
+    room.upto, room.is_invited = room.client.state.next_batch, False
     room.redacted |= {part(event, "redacts") for event in events.values()}
     room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
     return room.answering if is_new else None
