@@ -220,7 +220,8 @@ def in_turn(*course: Fault) -> Fault:
 
 async def begin(answer: web.Response, request: web.Request) -> None:
     """Send the first half of an answer."""
-    assert isinstance(answer.body, bytes)
+    if not isinstance(answer.body, bytes):
+        return  # The homeserver was not there, the connection is cut already.
     half = web.StreamResponse(status=answer.status, headers=answer.headers)
     half.content_length = len(answer.body)
     await half.prepare(request)

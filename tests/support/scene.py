@@ -140,7 +140,8 @@ class Scene:
         """Wait for the replies to all that was said; assert that they came once and in order."""
         await eventually(self.is_all_answered, seconds, "a reply to each command")
         for room in self.rooms:
-            assert await self.replies(room) == self.due(room)
+            replies, due = await self.replies(room), self.due(room)
+            assert replies == due, f"{room.room_id}: {replies} instead of {due}"
         for secret in (SECRET, PASSWORD, self.bot.session["access_token"]):
             assert secret not in self.bot.log
 
