@@ -504,7 +504,7 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
 
 
 def gives_up(room: Room, failure: "Failure") -> bool:
-    """Tell whether to give up: a message is refused for itself, or its room fails for long."""
+    """Note a failure; tell whether a message is refused for itself, or its room fails for long."""
     room.may_be_sent = room.may_be_sent or not failure.status
     if failure.status in (400, 413, 429):
         room.failing_since = NEVER  # The room does not fail, nor does who waits.
