@@ -97,5 +97,7 @@ async def test_any_schedule(federation: Federation, schedule: Schedule) -> None:
             devices = {scene.people.account.device_id, scene.bot.session["device_id"]}
             assert await scene.people.account.devices() == devices
         except BaseException:
+            for room in scene.rooms:
+                print(f"{room.room_id}: {await scene.replies(room)} instead of {scene.due(room)}")
             print(f"{schedule}\n{scene.bot.log}")
             raise
