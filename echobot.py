@@ -169,8 +169,7 @@ async def sync_forever(client: "Client") -> None:
 
 async def poll(client: "Client") -> Any:
     """Return what came after next_batch; forget that once it is refused for a minute."""
-    # After a failure short, and with a new URL each time, as failures may be cached.
-    since, hold = client.state.next_batch, client.hold or random.randrange(1, 1000)
+    since, hold = client.state.next_batch, client.hold or 1  # at first, and after a failure
     client.hold = 0
     refused_since, client.refused_since = client.refused_since, NEVER
     try:
@@ -198,13 +197,15 @@ def sync_filter(since: str) -> JSON:
         room["timeline"] = {"limit": 1000}
         # Else Synapse leaves out rooms that it has joined only in part.
         room["state"] = {**nothing, "lazy_load_members": True}
-    return {"room": room, "presence": nothing, "account_data": nothing}
+    # Another URL each time, as Synapse repeats an answer for minutes, and proxies cache failures.
+    presence = {**nothing, "limit": random.randrange(1, 10**9)}
+    return {"room": room, "presence": presence, "account_data": nothing}
 
 
 async def follow_older(client: "Client") -> None:
     """Follow the invitations from before the saved position."""
     what = "the sync for older invitations"
-    sync = await persist(lambda: client.sync(random.randrange(1, 1000), sync_filter("")), what)
+    sync = await persist(lambda: client.sync(1, sync_filter("")), what)
     # What the polls have told meanwhile is newer.
     client.invited |= {i for i, room in client.known_rooms.items() if room.joining}
     hand_out(client, sync, "")
@@ -681,9 +682,8 @@ class State:
             log.warning("Not using the state of %s", owner)
             text, self.session = "", {}
         self.next_batch = text.partition("\n")[0].strip()
-        if not self.next_batch:
-            level = logging.ERROR if self.session else logging.INFO  # At a first start it is right.
-            log.log(level, "next_batch is missing or empty: starting from now")
+        if self.session and not self.next_batch:
+            log.error("next_batch is missing or empty: starting from now")
         # By room ID, positions before which all is answered.
         self.behind = dict(re.findall(r"(?m)^(!\S+) ?(\S*)", text))
 
