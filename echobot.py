@@ -152,11 +152,11 @@ async def sync_forever(client: "Client") -> None:
         since, response = state.next_batch, polling.result()
         state.next_batch = response["next_batch"]
         client.hold = SYNC_TIMEOUT
-        if not (client.older and since):  # Only now: what is read back has all earlier replies.
+        if not (client.older and since):  # at first, or after a refused position
             notify("READY=1")
             client.older = asyncio.create_task(guarded(follow_older(client)))
             for room in map(client.room, state.behind):
-                if not room.is_invited:
+                if not room.is_invited:  # What is read back from here has all earlier replies.
                     hear(room, {"limited": True})
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
@@ -182,7 +182,7 @@ async def poll(client: "Client") -> Any:
             await client.sync(hold, sync_filter(""), "")
             client.refused_since = min(refused_since, time.monotonic())
         if time.monotonic() - client.refused_since >= 60:
-            log.error("next_batch %s is refused: starting from now, and from what is known", since)
+            log.error("next_batch %s is refused: starting from now and what is known", since)
             client.state.next_batch = ""
             for room_id in client.known_rooms:
                 client.state.behind.setdefault(room_id, "")
@@ -197,7 +197,7 @@ def sync_filter(since: str) -> JSON:
         room["timeline"] = {"limit": 1000}
         # Else Synapse leaves out rooms that it has joined only in part.
         room["state"] = {**nothing, "lazy_load_members": True}
-    # Another URL each time, as Synapse repeats an answer for minutes, and proxies cache failures.
+    # Another URL each time: Synapse repeats its answers for minutes, proxies cache failures.
     presence = {**nothing, "limit": random.randrange(1, 10**9)}
     return {"room": room, "presence": presence, "account_data": nothing}
 
@@ -505,7 +505,7 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
 
 
 def gives_up(room: Room, failure: "Failure") -> bool:
-    """Note a failure; tell whether a message is refused for itself, or its room fails for long."""
+    """Note a failure; tell if a message is refused for itself, or its room fails for long."""
     room.may_be_sent = room.may_be_sent or not failure.status
     if failure.status in (400, 413, 429):
         room.failing_since = NEVER  # The room does not fail, nor does who waits.
