@@ -156,8 +156,7 @@ async def sync_forever(client: "Client") -> None:
             notify("READY=1")
             client.older = asyncio.create_task(guarded(follow_older(client)))
             for room in map(client.room, state.behind):
-                if not room.is_invited:  # What is read back from here has all earlier replies.
-                    hear(room, {"limited": True})
+                hear(room, {"limited": True})  # Only now: reading from here finds all replies.
         answering = hand_out(client, response, since)
         # Let the replies keep up, and don't poll in a rush.
         if answering:
