@@ -54,9 +54,9 @@ SCHEDULES = st.builds(
 def any_fault(scene: FarScene, chance: random.Random, hits: list[str]) -> Fault:
     """Return a fault that hits a third of the requests, each in another way, and notes how.
 
-    Not such as are no trouble but an end, as the README says: four requests for a room that hang,
-    each for longer, are ten minutes; and what another homeserver was asked for by a request whose
-    answer was lost, the next one takes for known.
+    Not such as are an end, as the README says: four requests for a room that hang, each for longer,
+    are ten minutes; and what the first read of a room has fetched from another homeserver seems to
+    be known when it is repeated.
     """
     silences = Counter[str]()  # by room
 
