@@ -62,7 +62,7 @@ MAX_DELAY = 60  # s between two attempts
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
-MAX_REMEMBERED = 1000  # events of a room
+MAX_REMEMBERED = 1000  # events of a room, or a bit more
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by nio's name of the response.
@@ -168,7 +168,8 @@ async def sync_forever(client: "Client") -> None:
 
 async def poll(client: "Client") -> Any:
     """Return what came after next_batch; forget that once it is refused for a minute."""
-    since, hold = client.state.next_batch, client.hold or 1  # at first, and after a failure
+    # After a failure short, and with a new URL each time, as failures may be cached.
+    since, hold = client.state.next_batch, client.hold or random.randrange(1, 1000)
     client.hold = 0
     refused_since, client.refused_since = client.refused_since, NEVER
     try:
@@ -196,8 +197,8 @@ def sync_filter(since: str) -> JSON:
         room["timeline"] = {"limit": 1000}
         # Else Synapse leaves out rooms that it has joined only in part.
         room["state"] = {**nothing, "lazy_load_members": True}
-    # Another URL each time: Synapse repeats its answers for minutes, proxies cache failures.
-    presence = {**nothing, "limit": random.randrange(1, 10**9)}
+    # Without a position a new URL each time: Synapse repeats its answers. (With one it costs time.)
+    presence = nothing if since else {**nothing, "limit": random.randrange(1, 10**9)}
     return {"room": room, "presence": presence, "account_data": nothing}
 
 
@@ -310,7 +311,8 @@ async def answer_events(room: Room, events: Events) -> None:
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.id, frames)
         room.done[event_id] = None
-    room.done = dict.fromkeys(list(room.done)[-MAX_REMEMBERED:])
+    if len(room.done) > MAX_REMEMBERED + 100:
+        room.done = dict.fromkeys(list(room.done)[-MAX_REMEMBERED:])
 
 
 def answered_in(room: Room, events: Events) -> set[str]:
