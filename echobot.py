@@ -62,7 +62,7 @@ MAX_DELAY = 60  # s between two attempts
 PATIENCE = 600  # s that a room may fail while syncs succeed
 REPLY_TIMEOUT = 600  # s that reply_to may take
 MAX_BUSY = 450  # rooms answered, or joined, at a time: often only 1,024 files may be open
-MAX_REMEMBERED = 1000  # events of a room, or a bit more
+MAX_REMEMBERED = 1000  # events of a room, or 100 more
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 # What a success has, by nio's name of the response.
@@ -154,7 +154,8 @@ async def sync_forever(client: "Client") -> None:
         client.hold = SYNC_TIMEOUT
         if not (client.older and since):  # at first, or after a refused position
             notify("READY=1")
-            client.older = asyncio.create_task(guarded(follow_older(client)))
+            older = asyncio.create_task(guarded(follow_older(client)))
+            client.older = asyncio.create_task(asyncio.wait([older], timeout=10))
             for room in map(client.room, state.behind):
                 hear(room, {"limited": True})  # Only now: reading from here finds all replies.
         answering = hand_out(client, response, since)
@@ -197,15 +198,14 @@ def sync_filter(since: str) -> JSON:
         room["timeline"] = {"limit": 1000}
         # Else Synapse leaves out rooms that it has joined only in part.
         room["state"] = {**nothing, "lazy_load_members": True}
-    # Without a position a new URL each time: Synapse repeats its answers. (With one it costs time.)
+    # Without a position a new URL each time: Synapse repeats its answers.
     presence = nothing if since else {**nothing, "limit": random.randrange(1, 10**9)}
     return {"room": room, "presence": presence, "account_data": nothing}
 
 
 async def follow_older(client: "Client") -> None:
     """Follow the invitations from before the saved position."""
-    what = "the sync for older invitations"
-    sync = await persist(lambda: client.sync(1, sync_filter("")), what)
+    sync = await persist(lambda: client.sync(1, sync_filter("")), "the sync for old invitations")
     # What the polls have told meanwhile is newer.
     client.invited |= {i for i, room in client.known_rooms.items() if room.joining}
     hand_out(client, sync, "")
@@ -273,8 +273,7 @@ async def answer_room(room: Room) -> None:
     """Answer all that a room hears, and note the position up to which that is done."""
     client, behind = room.client, room.client.state.behind
     if room.has_gap and client.older:
-        # Join first: Conduit hides for good what is read of a room by one who is only invited.
-        await asyncio.wait([client.older], timeout=10)
+        await client.older  # Join first: Conduit hides for good what was read from outside.
     async with client.slots:
         # Once it is invited again, all waits for its next timeline, which will have a gap.
         while (upto := room.upto) and not room.is_invited:
@@ -305,7 +304,8 @@ async def answer_events(room: Room, events: Events) -> None:
         membership = "join" if event_id in answered else membership
         at_event = part(event, "unsigned", "membership") or membership
         try:
-            if event_id not in room.done and at_event in ("invite", "join"):
+            is_due = event_id not in room.done and event_id not in room.redacted
+            if is_due and at_event in ("invite", "join"):
                 await answer(room, event_id, event)
         except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
@@ -563,7 +563,7 @@ class Client(AsyncClient):
         self.restore_login(user, part(self.state.session, "device_id") or "ECHOBOT", token)
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
-        self.older: Task | None = None  # follows the invitations from before the saved position
+        self.older: Task | None = None  # ends once older invitations are followed, or after 10 s
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
         self.hold = 0  # ms, of the next poll
         self.refused_since = NEVER  # s: since when next_batch is refused

@@ -111,7 +111,7 @@ async def test_any_schedule(federation: Federation, schedule: Schedule) -> None:
             devices = {scene.people.account.device_id, scene.bot.session["device_id"]}
             assert await scene.people.account.devices() == devices
         except BaseException:
+            print(f"{schedule}\n{scene.bot.log}")
             for each in scene.rooms:
                 print(f"{each.room_id}: {await scene.replies(each)} instead of {scene.due(each)}")
-            print(f"{schedule}\n{scene.bot.log}")
             raise

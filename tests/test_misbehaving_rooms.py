@@ -78,9 +78,8 @@ async def test_patience_is_for_one_room_and_one_trouble() -> None:
     """A reply is given up after ten minutes; trouble before a quiet time does not count."""
     async with field_of(speed=120) as field:
         await field.bot.run()
-        # First, since some requests of all the rooms are refused for it.
-        await fails_long_after_refusal(field)
-        await together(always_fails(field), fails_after_quiet(field))
+        courses = (always_fails, fails_after_quiet, fails_long_after_refusal)
+        await together(*(course(field) for course in courses))
 
 
 async def always_fails(field: Field) -> None:

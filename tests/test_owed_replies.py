@@ -252,12 +252,26 @@ async def test_invited_again_amid_a_silent_turn(manners: Manners) -> None:
             await room.answers(*range(3))
 
 
+# Notes what it is asked about.
+TELLS = """
+async def reply_to(event: RoomMessageText) -> str | None:
+    text = event.body.removeprefix(COMMAND).strip()
+    with Path(os.environ["STATE_DIRECTORY"], "asked").open("a") as file:
+        print(text, file=file)
+    return text
+"""
+
+
 @pytest.mark.others
 @pytest.mark.speed(20)
 async def test_command_redacted_while_it_waits_is_not_answered(
     room: PeoplesRoom, quick_bot: Bot, proxy: Proxy
 ) -> None:
-    """Whether it waits for another one's reply or its own; what is behind it still is."""
+    """Whether it waits for another one's reply or its own; what is behind it still is.
+
+    reply_to is not asked about what waited for another one's.
+    """
+    quick_bot.script = fork(quick_bot.directory, TELLS)
     await quick_bot.run()
     said = list[str]()
     with proxy.inject(faults.internal_error, SEND) as failing:
@@ -270,6 +284,8 @@ async def test_command_redacted_while_it_waits_is_not_answered(
         await room.command(4)
         await proxy.counts(POLL, proxy.count(POLL) + 2)  # Then the redactions were told.
     assert await room.replies(3) == ["1", "3", "4"]
+    asked = (quick_bot.state / "asked").read_text().split()
+    assert asked == ["0", "1", "3", "4"]
 
 
 @families

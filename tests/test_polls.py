@@ -23,6 +23,25 @@ async def test_first_sync_that_fails_for_good_costs_only_old_invitations() -> No
     await together(*map(goes_on, (NOT_FOUND, faults.internal_error, faults.silence)))
 
 
+@pytest.mark.long
+async def test_first_sync_that_hangs_holds_up_only_the_first_gaps() -> None:
+    """They wait ten seconds for older invitations to be followed; later ones do not."""
+    async with field_of(timeline_limit=5) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(20))
+        with field.proxy.inject(faults.silence, FIRST_SYNC) as hanging:
+            await field.bot.start()
+            await hanging.happens()
+            await room.answers(*range(20), seconds=60)
+            began, before = field.now(), field.proxy.count(MESSAGES)
+            room.command(*range(20, 40))
+            await room.answers(*range(40), seconds=60)
+            assert field.now() - began < 9
+            assert field.proxy.count(MESSAGES) > before, "that was no gap"
+
+
 async def goes_on(trouble: Fault) -> None:
     """Assert that for one kind of trouble; once that is over, the old invitation is followed."""
     async with field_of(speed=5) as field:
