@@ -12,10 +12,10 @@ rewrite one function: `reply_to`. Four rules keep the promise:
 
 1. Save what is done, after every sync: next_batch, and for each room that still owes replies the
    position to read it from again. So a slow room costs only itself, and a stop needs no care.
-2. A reply names what it answers. Before anything is answered, or sent again, the bot's own
-   messages tell what has a reply.
+2. A reply names what it answers, as echobot.answers. Before anything is answered, or sent again,
+   the bot's own messages tell what has a reply.
 3. Read back what was left out, to what was known before or to the bot's own invitation.
-4. Persist. One loop repeats every request until it succeeds, is refused for good, or its room has
+4. Retry. One loop repeats every request until it succeeds, is refused for good, or its room has
    failed for long while syncs succeeded. A bug in reply_to is shown, and costs one event.
 
 Environment:
@@ -41,7 +41,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -105,9 +105,9 @@ async def main() -> None:
     log.setLevel(setting("LOG_LEVEL", "INFO", "(?ai)DEBUG|INFO|WARNING|ERROR", "INFO").upper())
     client = Client()
     what = "discovery (needed unless MATRIX_HOMESERVER is set)"
-    client.use(setting("MATRIX_HOMESERVER") or await persist(lambda: discover(client), what))
+    client.use(setting("MATRIX_HOMESERVER") or await retry(lambda: discover(client), what))
     if client.given_token or not client.access_token:
-        await persist(lambda: log_in(client), f"the login at {client.homeserver}")
+        await retry(lambda: log_in(client), f"the login at {client.homeserver}")
     client.state.save_session(homeserver=client.homeserver)
     log.info("Logged in as %s, device id: %s.", client.user_id, client.device_id)
     await sync_forever(client)
@@ -130,7 +130,7 @@ def stop(status: int, reason: str) -> NoReturn:
     os._exit(status)
 
 
-async def guarded(work: Awaitable[Any]) -> Any:
+async def crash_on_bug(work: Awaitable[Any]) -> Any:
     """Return what work does, or end the process if that has a bug."""
     try:
         return await work
@@ -140,27 +140,25 @@ async def guarded(work: Awaitable[Any]) -> Any:
 
 async def sync_forever(client: "Client") -> None:
     """Hand what each sync brings to its rooms, save what is done, and poll on."""
-    state = client.state
+    state, is_ready = client.state, False
     while True:
         began = time.monotonic()
         notify("WATCHDOG=1")
-        polling = asyncio.create_task(guarded(persist(lambda: poll(client), "the sync")))
+        polling = asyncio.create_task(crash_on_bug(retry(lambda: poll(client), "the sync")))
         await asyncio.to_thread(state.save, "next_batch", state.positions())
         while not polling.done():
             await asyncio.wait([polling], timeout=60)
             notify("WATCHDOG=1")
-        since, response = state.next_batch, polling.result()
+        since, response = state.next_batch, polling.result()  # JSON, by Client._send
         state.next_batch = response["next_batch"]
         client.hold = SYNC_TIMEOUT
-        if not (client.older and since):  # at first, or after a refused position
+        follow(client, response, since)
+        if not (is_ready and since):  # at first, or after a refused position
             notify("READY=1")
-            older = asyncio.create_task(guarded(follow_older(client)))
-            client.older = asyncio.create_task(asyncio.wait([older], timeout=10))
-            for room in map(client.room, state.behind):
-                hear(room, {"limited": True})  # Only now: reading from here finds all replies.
-        answering = hand_out(client, response, since)
+            await resume(client, since)
+            is_ready = True
         # Let the replies keep up, and don't poll in a rush.
-        if answering:
+        if answering := hand_out(client, response, since):
             await asyncio.wait(answering, timeout=INTERVAL)
         else:
             await asyncio.sleep(began + INTERVAL - time.monotonic())
@@ -172,6 +170,7 @@ async def poll(client: "Client") -> Any:
     # After a failure short, and with a new URL each time, as failures may be cached.
     since, hold = client.state.next_batch, client.hold or random.randrange(1, 1000)
     client.hold = 0
+    # Any other outcome begins the minute anew.
     refused_since, client.refused_since = client.refused_since, NEVER
     try:
         return await client.sync(hold, sync_filter(since), since)
@@ -185,8 +184,6 @@ async def poll(client: "Client") -> Any:
         if time.monotonic() - client.refused_since >= 60:
             log.error("next_batch %s is refused: starting from now and what is known", since)
             client.state.next_batch = ""
-            for room_id in client.known_rooms:
-                client.state.behind.setdefault(room_id, "")
         raise
 
 
@@ -203,29 +200,42 @@ def sync_filter(since: str) -> JSON:
     return {"room": room, "presence": presence, "account_data": nothing}
 
 
+async def resume(client: "Client", since: str) -> None:
+    """Have all rooms that are known go on."""
+    # Join first, unless that takes long: Conduit hides for good what was read from outside.
+    older = asyncio.create_task(crash_on_bug(follow_older(client)))
+    await asyncio.wait([older], timeout=5)
+    for room in map(client.room, client.known_rooms | client.state.behind):
+        if not room.joining:
+            hear(room, since, {"limited": True})
+
+
 async def follow_older(client: "Client") -> None:
     """Follow the invitations from before the saved position."""
-    sync = await persist(lambda: client.sync(1, sync_filter("")), "the sync for old invitations")
-    # What the polls have told meanwhile is newer.
-    client.invited |= {i for i, room in client.known_rooms.items() if room.joining}
-    hand_out(client, sync, "")
+    sync = await retry(lambda: client.sync(1, sync_filter(""), ""), "the sync for old invitations")
+    client.invited |= client.told  # What the polls have told meanwhile is newer.
+    follow(client, sync, "")
+
+
+def follow(client: "Client", response: JSON, since: str) -> None:
+    """Follow the new invitations in a sync response."""
+    invited = rooms_of(response, "invite")
+    for room in map(client.room, invited.keys() - client.invited):
+        client.state.behind.setdefault(room.id, since)
+        for task in filter(None, (room.joining, room.answering)):
+            task.cancel()  # As after a crash, all that is not done will be read back.
+        room.joining = asyncio.create_task(crash_on_bug(accept(room, invited[room.id])))
+        room.answering = None
+    client.invited = set(invited)
+    client.told |= client.invited
 
 
 def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     """Hand each room its part of a sync response; return the tasks that answer news."""
     # Without a position timelines are history: not every homeserver heeds the filter.
     joined = rooms_of(response, "join") if since else {}
-    invited = rooms_of(response, "invite")
-    new = invited.keys() - client.invited
-    for room_id in [*joined, *new]:
-        client.state.behind.setdefault(room_id, since)
-    for room in map(client.room, new):
-        if room.joining:  # an earlier invitation
-            room.joining.cancel()
-        room.joining = asyncio.create_task(guarded(accept(room, invited[room.id])))
-        room.is_invited = True
-    client.invited = set(invited)
-    heard = [hear(client.room(i), part(joined, i, "timeline", kind=dict)) for i in joined]
+    client.told |= joined.keys()
+    heard = [hear(client.room(i), since, part(joined, i, "timeline", kind=dict)) for i in joined]
     return [task for task in heard if task]
 
 
@@ -243,10 +253,9 @@ class Room:
     """
 
     upto, has_gap = "", False
-    is_invited = False  # its first timeline, which may begin after the invitation, is to come
     answering: Task | None = None
-    joining: Task | None = None  # of the last invitation in this life, though it may be over
-    may_be_sent = False  # the reply under way: an answer was lost
+    joining: Task | None = None
+    may_be_sent = False  # the reply under way: a response was lost
     failing_since = NEVER  # s, by Client.sync_clock
     has_notice = False  # that it is encrypted
 
@@ -256,27 +265,27 @@ class Room:
         self.redacted = set[str]()  # event IDs, while replies are under way
 
 
-def hear(room: Room, timeline: JSON) -> Task | None:
-    """Have a room answer what came in a sync; return its task if that is news."""
+def hear(room: Room, since: str, timeline: JSON) -> Task | None:
+    """Have a room answer what a sync since a position brought; return its task if that is news."""
+    owes_from = room.client.state.behind.setdefault(room.id, since)
+    # Since an earlier life or an invitation, and no task has it in hand.
+    is_left = owes_from != since and not room.answering
     events = by_id(timeline, "events")
     is_new = any(i not in room.events and i not in room.done for i in events)
-    if part(timeline, "limited", kind=bool) or room.is_invited or len(room.events) > MAX_REMEMBERED:
-        room.events, room.has_gap = Events(), True
+    if part(timeline, "limited", kind=bool) or is_left or len(room.events) > MAX_REMEMBERED:
+        room.events, room.has_gap = Events(), True  # They do not reach back to there.
     room.events |= events
-    room.upto, room.is_invited = room.client.state.next_batch, False
+    room.upto = room.client.state.next_batch
     room.redacted |= {part(event, "redacts") for event in events.values()}
-    room.answering = room.answering or asyncio.create_task(guarded(answer_room(room)))
+    room.answering = room.answering or asyncio.create_task(crash_on_bug(answer_room(room)))
     return room.answering if is_new else None
 
 
 async def answer_room(room: Room) -> None:
     """Answer all that a room hears, and note the position up to which that is done."""
     client, behind = room.client, room.client.state.behind
-    if room.has_gap and client.older:
-        await client.older  # Join first: Conduit hides for good what was read from outside.
     async with client.slots:
-        # Once it is invited again, all waits for its next timeline, which will have a gap.
-        while (upto := room.upto) and not room.is_invited:
+        while upto := room.upto:
             events, has_gap = room.events, room.has_gap
             # What is heard from now on is for the next turn.
             room.events, room.upto, room.has_gap = Events(), "", False
@@ -286,28 +295,21 @@ async def answer_room(room: Room) -> None:
             behind[room.id] = upto
         room.redacted.clear()
         room.answering = None
-        if not room.is_invited:
-            del behind[room.id]
+        del behind[room.id]
 
 
 async def answer_events(room: Room, events: Events) -> None:
     """Answer what is new among events, each once and in order; a bug costs its event."""
     answered = answered_in(room, events)
     room.done |= dict.fromkeys(answered)
-    # What came while the bot was neither invited nor joined is none of its business. Not every
-    # homeserver tells the membership at each event: then follow its changes, before the first of
-    # which it was the other way round. Where it has answered it was in.
-    changes = filter(None, (own_membership(room, event) for event in events.values()))
-    membership = "leave" if next(changes, "") in ("invite", "join") else "join"
-    for event_id, event in events.items():
-        membership = own_membership(room, event) or membership
-        membership = "join" if event_id in answered else membership
-        at_event = part(event, "unsigned", "membership") or membership
+    for event_id, membership in memberships(room, events, answered).items():
+        is_new = event_id not in room.done and event_id not in room.redacted
         try:
-            is_due = event_id not in room.done and event_id not in room.redacted
-            if is_due and at_event in ("invite", "join"):
-                await answer(room, event_id, event)
+            if is_new and membership in ("invite", "join"):
+                await answer(room, event_id, events[event_id])
         except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
+            if room.answering is not asyncio.current_task():  # It was invited again.
+                raise asyncio.CancelledError from None  # Whatever reply_to made of that.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.id, frames)
         room.done[event_id] = None
@@ -321,6 +323,22 @@ def answered_in(room: Room, events: Events) -> set[str]:
     return {part(event, "content", "echobot.answers") for event in own}
 
 
+def memberships(room: Room, events: Events, answered: set[str]) -> dict[str, str]:
+    """Return the bot's membership at each event: what came while it was out is not its business.
+
+    Not every homeserver tells that. Else follow the changes, before the first of which it was the
+    other way round; and where the bot has answered, it was in.
+    """
+    changes = [now for event in events.values() if (now := own_membership(room, event))]
+    now = "leave" if changes and changes[0] in ("invite", "join") else "join"
+    result = {}
+    for event_id, event in events.items():
+        now = own_membership(room, event) or now
+        now = "join" if event_id in answered else now
+        result[event_id] = part(event, "unsigned", "membership") or now
+    return result
+
+
 def own_membership(room: Room, event: Any) -> str:
     """Return the membership that an event gives the bot, "" if that is no change."""
     if part(event, "type") != "m.room.member" or event.get("state_key") != room.client.user_id:
@@ -331,7 +349,7 @@ def own_membership(room: Room, event: Any) -> str:
 
 async def answer(room: Room, event_id: str, event: JSON) -> None:
     """Answer an event if it calls for that; return once the reply is acknowledged."""
-    content = None
+    content, answers, may_be_sent = None, event_id, False
     match event:
         case {"sender": room.client.user_id} | {"unsigned": {"redacted_because": _}}:
             return
@@ -341,17 +359,16 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            event_id = room.id  # one notice for all of them
+            answers, may_be_sent = room.id, True  # One for all, maybe of an earlier life.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
             style = [event["content"].get(key) for key in ("formatted_body", "format")]
             source = {**event, "room_id": room.id}
             content = await reply_content(RoomMessageText(source, body, *style))
     if content:
-        content["echobot.answers"] = event_id
-        tx_id = event_id.encode(errors="replace").hex()  # safe in any URL
+        content["echobot.answers"], room.may_be_sent = answers, may_be_sent
+        tx_id = answers.encode(errors="replace").hex()  # safe in any URL
         what = f"the reply to {event_id} in {room.id}"
-        room.may_be_sent = event_id == room.id  # that is, in an earlier life
-        if await persist(lambda: send(room, content, tx_id), what, room):
+        if await retry(lambda: send(room, content, tx_id), what, room):
             log.info("Answered %s in %s", event_id, room.id)
 
 
@@ -393,22 +410,28 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     # Conduit's positions are numbers, and its pages leave out the event at one.
     since, upto = [str(int(p) + 1) if p.isdecimal() else p for p in (since, upto)]
     known = await known_at(room, since) if since else []
-    ends, read = set(known), dict(reversed(timeline.items()))  # newest first
+    starts, read = set(known), dict(reversed(timeline.items()))  # newest first
     async for page in pages_before(room, upto, timeline):
         read |= page
-        if not known:
-            ends |= {i for i in page if own_membership(room, page[i]) == "invite"}
-            ends |= answered_in(room, page) | room.done.keys()
-        # To the oldest known: what comes late from other homeservers has its place among these.
-        if page.keys() & (known[-1:] or ends) or not (known or page):  # Or the rest is hidden.
-            break
-    order = list(reversed(read))
-    oldest = min(map(order.index, read.keys() & ends), default=0)
-    # Begin where something is new or answered: what is above that may have been fetched from other
+        if known:  # To the oldest: what comes late from other homeservers is among these.
+            if known[-1] in page:
+                break
+        else:
+            starts |= {i for i in page if own_membership(room, page[i]) == "invite"}
+            starts |= answered_in(room, page) | room.done.keys()
+            if not page or page.keys() & starts:  # On an empty page, the rest is hidden.
+                break
+    order = from_first(starts & read.keys() or read, reversed(read))
+    # Begin where something is new or answered: what comes after it may have been fetched from other
     # homeservers later, though it seems known. State is not new: some pages leave it out.
     new = {i for i, e in read.items() if "state_key" not in e or own_membership(room, e)}
     new = (new - set(known)) | answered_in(room, read) | room.done.keys()
-    return {i: read[i] for i in dropwhile(lambda i: i not in new, order[oldest:])}
+    return {i: read[i] for i in from_first(new, order)}
+
+
+def from_first(ids: Container[str], order: Iterable[str]) -> Iterator[str]:
+    """Return event IDs from the first on that is among some."""
+    return dropwhile(lambda event_id: event_id not in ids, order)
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -417,23 +440,25 @@ async def known_at(room: Room, position: str) -> list[str]:
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
     # There is no newest if that is hidden from the bot; what was fetched may fill the page.
-    return list(dropwhile(lambda i: newest and i not in newest, page)) or list(newest)
+    return list(from_first(newest or page, page)) or list(newest)
 
 
 async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIterator[Events]:
-    """Yield pages of the events before a position, newest first, as long as they have new ones."""
-    seen, stalled = set[str](), 0
-    while position and stalled < 100:
+    """Yield pages of the events before a position, newest first, until 100 have nothing new."""
+    for attempt in range(1, 10):
         page, before = await read_page(room, position, 100)
-        # The first page should have some of the timeline: that of a worker that lags has not.
-        is_hole = not seen and timeline and not page.keys() & timeline.keys()
-        stalled = stalled + 1 if is_hole or page.keys() <= seen else 0
-        await asyncio.sleep(min(stalled / 4, 1))
-        if is_hole and stalled < 9:
-            continue
-        position = before
-        seen |= page.keys()
+        if not timeline or page.keys() & timeline.keys():
+            break  # Else a worker has answered that lags.
+        await asyncio.sleep(min(attempt / 4, 1))
+    seen, useless = set[str](), 0
+    while True:
         yield page
+        useless = 0 if page.keys() - seen else useless + 1
+        if not before or useless == 100:
+            break
+        seen |= page.keys()
+        await asyncio.sleep(min(useless / 4, 1))
+        page, before = await read_page(room, before, 100)
 
 
 async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
@@ -441,7 +466,7 @@ async def read_page(room: Room, start: str, limit: int) -> tuple[Events, str]:
     # Dendrite alone heeds a limit in the filter; it loses events where its pages meet.
     only = {"limit": 1000} if limit > 1 else None
     client, what = room.client, f"reading {room.id}"
-    page = await persist(
+    page = await retry(
         lambda: client.room_messages(room.id, start, limit=limit, message_filter=only), what, room
     )
     return by_id(page, "chunk"), part(page, "end")
@@ -462,19 +487,18 @@ async def accept(room: Room, invited: JSON) -> None:
     is_welcome = any(fnmatchcase(inviter, pattern) for pattern in client.inviters)
     async with client.join_slots:
         if is_welcome:
-            result = await persist(lambda: client.join(room.id), f"joining {room.id}", room)
+            result = await retry(lambda: client.join(room.id), f"joining {room.id}", room)
         else:
-            result = await persist(lambda: client.room_leave(room.id), f"leaving {room.id}", room)
+            result = await retry(lambda: client.room_leave(room.id), f"leaving {room.id}", room)
+    room.joining = None
     if result is not None:
         log.info("%s %s, invited by %s", "Joined" if is_welcome else "Left", room.id, inviter)
         client.invited.discard(room.id)  # The next one is new.
-    if not (is_welcome and result):
-        room.is_invited = False  # Not joined: nothing to read or answer.
-        if not room.answering:
-            client.state.behind.pop(room.id, None)
+    if not room.answering and not (is_welcome and result):
+        client.state.behind.pop(room.id, None)  # Not joined: nothing to read or answer.
 
 
-async def persist(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
+async def retry(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
     """Repeat a request until it succeeds; return its response, or None if the room gives up."""
     delay, time_limit, cause = 0.125, 60, ""  # s
     while True:
@@ -506,12 +530,13 @@ async def persist(request: Callable[[], Any], what: str, room: Room | None = Non
 
 
 def gives_up(room: Room, failure: "Failure") -> bool:
-    """Note a failure; tell if a message is refused for itself, or its room fails for long."""
-    room.may_be_sent = room.may_be_sent or not failure.status
-    if failure.status in (400, 413, 429):
-        room.failing_since = NEVER  # The room does not fail, nor does who waits.
+    """Note a failure; tell if its request is to be dropped."""
+    if not failure.status:
+        room.may_be_sent = True
+    if failure.status in (400, 413, 429):  # It is the message, or has to wait: not the room.
+        room.failing_since = NEVER
         return failure.status != 429
-    # After that each request gets one attempt, until one succeeds.
+    # Once a room has failed for long, each request gets one attempt, until one succeeds.
     room.failing_since = min(room.failing_since, room.client.sync_clock)
     return room.client.sync_clock - room.failing_since >= PATIENCE
 
@@ -531,7 +556,7 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     if "Location" in headers:
         cause += f", moved to {headers['Location'].partition('/_matrix/')[0]}"
     failure = Failure("".join(c if c.isprintable() else " " for c in cause))
-    if errcode and 400 <= status < 500:  # A "no" of what stands before it has none, and may pass.
+    if errcode and 400 <= status < 500:  # A proxy's "no" has none, and may pass.
         failure.status = status
     if status == 429 or errcode in BLOCKED:
         failure.status = 429
@@ -555,7 +580,7 @@ class Client(AsyncClient):
         if not user or not (self.password or self.given_token):
             stop(78, "set MATRIX_USER, and MATRIX_PASSWORD or MATRIX_ACCESS_TOKEN; see --help")
         super().__init__("", user)
-        form = r"""[ ,]*((?=[^ ,]*[:*])[@*?[][^@:;'"\s,]*(:[]\w.*?:[!-]*[]\w*?])?([ ,]+|$))+"""
+        form = r"[ ,]*((?=[^ ,]*[:*])[@*?[][^\s,@:]*(:[^\s,@/]*[\w*?\]])?([ ,]+|$))+"
         inviters = setting("MATRIX_INVITERS", "*", form, "@me:example.org @*:example.com")
         self.inviters = inviters.replace(",", " ").split()
         self.state = State(Path(setting("STATE_DIRECTORY", ".")), user)
@@ -563,7 +588,7 @@ class Client(AsyncClient):
         self.restore_login(user, part(self.state.session, "device_id") or "ECHOBOT", token)
         self.known_rooms: dict[str, Room] = {}
         self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
-        self.older: Task | None = None  # ends once older invitations are followed, or after 10 s
+        self.told = set[str]()  # rooms that were joined or invited by the syncs of this life
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
         self.hold = 0  # ms, of the next poll
         self.refused_since = NEVER  # s: since when next_batch is refused
@@ -627,12 +652,8 @@ async def discover(client: Client) -> str:
             return str(part(await client.discovery_info(), "m.homeserver", "base_url") or last)
     except (Failure, TimeoutError) as failure:
         own = f"https://{name}" if str(failure).startswith("HTTP 404") else ""
-        for url in filter(None, (last, own)):  # It may have failed for a moment.
-            client.use(url)
-            with suppress(Failure, TimeoutError):
-                async with asyncio.timeout(20):
-                    await client.login_info()
-                return str(url)
+        if url := last or own:  # It may have failed for a moment.
+            return str(url)
         raise
 
 
@@ -740,7 +761,7 @@ if __name__ == "__main__":
         stop(2, "takes no arguments but --help; settings are environment variables")
     else:
         loop = asyncio.new_event_loop()
-        running = loop.create_task(guarded(main()))
+        running = loop.create_task(crash_on_bug(main()))
         while not running.done():
             with suppress(SystemExit, KeyboardInterrupt):  # of a task of reply_to's own
                 loop.run_until_complete(running)

@@ -194,12 +194,41 @@ async def all_is_answered(manners: Manners, meanwhile: list[str], limit: int) ->
             await joining.happens()
             room.command(*range(3))
             sent.set()
-            await field.bot.logs(f" in {room.room_id}")
             other.command("hello")
             await other.answers("hello")
             room.command(*range(3, 5))
             may_join.set()
             await room.answers(*texts, *range(5))
+
+
+# Makes another error of being cancelled, once.
+STUBBORN = """
+asked = []
+async def reply_to(event: RoomMessageText) -> str | None:
+    asked.append(event.body)
+    if asked == ["!replybot first"]:
+        try:
+            await asyncio.Event().wait()
+        except BaseException as error:
+            raise ValueError(event.body) from error
+    return event.body.removeprefix(COMMAND).strip()
+"""
+
+
+@families
+async def test_invited_again_while_it_is_made_up(manners: Manners) -> None:
+    """A reply that is not ready then is made up again after the join, whatever ended the first."""
+    async with field_of(manners) as field:
+        field.bot.script = fork(field.bot.directory, STUBBORN)
+        room = field.server.room()
+        await field.bot.run()
+        room.command("first")
+        await is_past(field, field.server.position)
+        room.set_membership("leave", ALICE)
+        room.set_membership("invite", ALICE)
+        room.command("second")
+        await room.answers("first", "second")
+        assert "first" not in field.bot.log
 
 
 # Silent, after a while, to what is no command.

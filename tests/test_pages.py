@@ -121,6 +121,25 @@ async def test_timeline_that_no_page_has_is_no_hole_for_ever() -> None:
         await room.answers(*range(3))
 
 
+async def test_first_page_that_stays_empty_is_passed() -> None:
+    """What the pages behind it have is read, though they have nothing of the timeline either."""
+
+    def empty(page: Any) -> Any:
+        return page | {"chunk": []}
+
+    async with field_of(speed=10, timeline_limit=5, page_limit=5) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        since = field.bot.next_batch.split()[0]
+        room.command(*range(25))
+        first = rf"{MESSAGES}(?=.*limit=100).*from=s(?!{since[1:]}\b)"
+        with field.proxy.inject(faults.rewrite(empty), first) as emptied:
+            await field.bot.start()
+            await room.answers(*range(25))
+        assert emptied.happened >= 9
+
+
 async def test_reading_ends_where_only_history_precedes() -> None:
     """After 2,000 messages: at the invitation, a join without one, or the last that has a reply."""
     kinds = {"invitation": DENDRITE, "join": SYNAPSE, "reply": SYNAPSE}

@@ -132,10 +132,11 @@ class Scene:
     async def is_all_answered(self) -> bool:
         """Tell whether every room has as many replies as commands."""
         assert self.bot.running, "the bot ended by itself"
-        for room in self.rooms:
-            if len(await self.replies(room)) < len(self.due(room)):
-                return False
-        return True
+        return all([await self.is_answered(room) for room in self.rooms])
+
+    async def is_answered(self, room: Room) -> bool:
+        """Tell whether a room has as many replies as commands."""
+        return len(await self.replies(room)) >= len(self.due(room))
 
     async def check(self, seconds: float = 15) -> None:
         """Wait for the replies to all that was said; assert that they came once and in order.
@@ -213,12 +214,22 @@ class FarScene(Scene):
     async def cut_off(self, _: int) -> None:
         """Have the homeservers out of each other's reach from now on.
 
-        Unless a reply to bob is due: what was not fetched for it yet could not be any more.
+        Unless a reply to bob is due: what was not fetched for it yet could not be any more. And he
+        has had one in each room: what a bot that is killed had fetched is told by that alone.
         """
+        if self.is_cut_off:
+            return
+        await self.first_start()
+        new = [room for room in self.far_rooms if not self.due(room)]
+        if new:
+            await self.start()
         await self.settle()
-        for room in self.far_rooms:
-            if self.is_cut_off or len(await self.replies(room)) < len(self.due(room)):
-                return
+        for room in new:
+            await self.go_on(0)
+            await self.say_in(room)
+            await eventually(partial(self.is_answered, room), 60, "a first reply to bob")
+        if not all([await self.is_answered(room) for room in self.far_rooms]):
+            return
         await self.outage.enter_async_context(self.federation.cut_off())
         self.is_cut_off = True
 
