@@ -41,7 +41,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -153,6 +153,8 @@ async def sync_forever(client: "Client") -> None:
         state.next_batch = response["next_batch"]
         client.hold = SYNC_TIMEOUT
         follow(client, response, since)
+        if not since:  # Before it joins a room, or a start without a position knew nothing of that.
+            state.save("next_batch", state.positions())
         if not (is_ready and since):  # at first, or after a refused position
             notify("READY=1")
             await resume(client, since)
@@ -170,7 +172,7 @@ async def poll(client: "Client") -> Any:
     # After a failure short, and with a new URL each time, as failures may be cached.
     since, hold = client.state.next_batch, client.hold or random.randrange(1, 1000)
     client.hold = 0
-    # Any other outcome begins the minute anew.
+    # Only refusals in a row count.
     refused_since, client.refused_since = client.refused_since, NEVER
     try:
         return await client.sync(hold, sync_filter(since), since)
@@ -188,10 +190,10 @@ async def poll(client: "Client") -> Any:
 
 
 def sync_filter(since: str) -> JSON:
-    """Return what a sync is to tell: timelines, or without a position only invitations."""
+    """Ask for timelines since a position; without one, for invitations alone."""
     nothing: JSON = {"types": []}
     room = dict.fromkeys(["timeline", "state", "ephemeral", "account_data"], nothing)
-    if since:  # If not of all types, Dendrite changes the order.
+    if since:  # All types, or Dendrite changes the order.
         room["timeline"] = {"limit": 1000}
         # Else Synapse leaves out rooms that it has joined only in part.
         room["state"] = {**nothing, "lazy_load_members": True}
@@ -213,7 +215,7 @@ async def resume(client: "Client", since: str) -> None:
 async def follow_older(client: "Client") -> None:
     """Follow the invitations from before the saved position."""
     sync = await retry(lambda: client.sync(1, sync_filter(""), ""), "the sync for old invitations")
-    client.invited |= client.told  # What the polls have told meanwhile is newer.
+    client.invited |= client.told  # What polls have told meanwhile is newer than this response.
     follow(client, sync, "")
 
 
@@ -243,13 +245,13 @@ def rooms_of(response: JSON, membership: str) -> JSON:
     """Return what a sync response has of the rooms with a membership, by room ID."""
     rooms = part(response, "rooms", membership, kind=dict)
     # An ID with a space could pass for another line of next_batch.
-    return {room_id: rooms[room_id] for room_id in rooms if re.fullmatch(r"!\S+", room_id)}
+    return {i: rooms[i] for i in rooms if re.fullmatch(r"!\S+", i)}
 
 
 class Room:
-    """A room: `events` wait to be answered, from its position in State.behind up to `upto`.
+    """A room: what comes after its position in State.behind, up to `upto`, is to be answered.
 
-    If it `has_gap`, they do not reach back to that position: what is between has to be read.
+    That is `events`; if it `has_gap`, these are only the newest, and the others have to be read.
     """
 
     upto, has_gap = "", False
@@ -268,12 +270,12 @@ class Room:
 def hear(room: Room, since: str, timeline: JSON) -> Task | None:
     """Have a room answer what a sync since a position brought; return its task if that is news."""
     owes_from = room.client.state.behind.setdefault(room.id, since)
-    # Since an earlier life or an invitation, and no task has it in hand.
+    # It owes what is older than these, and no task has that in hand.
     is_left = owes_from != since and not room.answering
     events = by_id(timeline, "events")
     is_new = any(i not in room.events and i not in room.done for i in events)
     if part(timeline, "limited", kind=bool) or is_left or len(room.events) > MAX_REMEMBERED:
-        room.events, room.has_gap = Events(), True  # They do not reach back to there.
+        room.events, room.has_gap = Events(), True  # for read_back to fill
     room.events |= events
     room.upto = room.client.state.next_batch
     room.redacted |= {part(event, "redacts") for event in events.values()}
@@ -359,11 +361,13 @@ async def answer(room: Room, event_id: str, event: JSON) -> None:
             room.has_notice = True
             log.warning("%s is encrypted: its messages can't be read", room.id)
             content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
-            answers, may_be_sent = room.id, True  # One for all, maybe of an earlier life.
+            answers, may_be_sent = room.id, True  # One for all: look for that of an earlier life.
         case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
-            style = [event["content"].get(key) for key in ("formatted_body", "format")]
+            style = map(event["content"].get, ("formatted_body", "format"))
             source = {**event, "room_id": room.id}
             content = await reply_content(RoomMessageText(source, body, *style))
+    if room.answering is not asyncio.current_task():  # reply_to has caught the cancellation.
+        raise asyncio.CancelledError
     if content:
         content["echobot.answers"], room.may_be_sent = answers, may_be_sent
         tx_id = answers.encode(errors="replace").hex()  # safe in any URL
@@ -410,28 +414,22 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
     # Conduit's positions are numbers, and its pages leave out the event at one.
     since, upto = [str(int(p) + 1) if p.isdecimal() else p for p in (since, upto)]
     known = await known_at(room, since) if since else []
-    starts, read = set(known), dict(reversed(timeline.items()))  # newest first
+    # To the oldest: what comes late from other homeservers is among these.
+    ends, read = set(known[-1:]), dict(reversed(timeline.items()))  # newest first
     async for page in pages_before(room, upto, timeline):
         read |= page
-        if known:  # To the oldest: what comes late from other homeservers is among these.
-            if known[-1] in page:
-                break
-        else:
-            starts |= {i for i in page if own_membership(room, page[i]) == "invite"}
-            starts |= answered_in(room, page) | room.done.keys()
-            if not page or page.keys() & starts:  # On an empty page, the rest is hidden.
-                break
-    order = from_first(starts & read.keys() or read, reversed(read))
+        if not known:
+            ends |= {i for i in page if own_membership(room, page[i]) == "invite"}
+            ends |= answered_in(room, page) | room.done.keys()
+        if page.keys() & ends or not (page or known):  # On an empty page, the rest is hidden.
+            break
+    starts = ends.union(known) & read.keys() or set(read)
+    order = dropwhile(lambda i: i not in starts, reversed(read))
     # Begin where something is new or answered: what comes after it may have been fetched from other
     # homeservers later, though it seems known. State is not new: some pages leave it out.
     new = {i for i, e in read.items() if "state_key" not in e or own_membership(room, e)}
     new = (new - set(known)) | answered_in(room, read) | room.done.keys()
-    return {i: read[i] for i in from_first(new, order)}
-
-
-def from_first(ids: Container[str], order: Iterable[str]) -> Iterator[str]:
-    """Return event IDs from the first on that is among some."""
-    return dropwhile(lambda event_id: event_id not in ids, order)
+    return {i: read[i] for i in dropwhile(lambda i: i not in new, order)}
 
 
 async def known_at(room: Room, position: str) -> list[str]:
@@ -439,8 +437,8 @@ async def known_at(room: Room, position: str) -> list[str]:
     # First the newest alone: to read 100, Synapse may fetch newer ones, which then seem older.
     newest, _ = await read_page(room, position, 1)
     page, _ = await read_page(room, position, 100)
-    # There is no newest if that is hidden from the bot; what was fetched may fill the page.
-    return list(from_first(newest or page, page)) or list(newest)
+    # From the newest on; or all, if that is hidden; or it alone, if others fill the page.
+    return list(dropwhile(lambda i: i not in (newest or page), page)) or list(newest)
 
 
 async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIterator[Events]:
@@ -448,7 +446,7 @@ async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIter
     for attempt in range(1, 10):
         page, before = await read_page(room, position, 100)
         if not timeline or page.keys() & timeline.keys():
-            break  # Else a worker has answered that lags.
+            break  # Else that is a worker that lags: ask again.
         await asyncio.sleep(min(attempt / 4, 1))
     seen, useless = set[str](), 0
     while True:
@@ -587,8 +585,8 @@ class Client(AsyncClient):
         token = self.given_token or part(self.state.session, "access_token")
         self.restore_login(user, part(self.state.session, "device_id") or "ECHOBOT", token)
         self.known_rooms: dict[str, Room] = {}
-        self.invited = set[str]()  # rooms: some homeservers tell invitations in every response
-        self.told = set[str]()  # rooms that were joined or invited by the syncs of this life
+        self.invited = set[str]()  # rooms, by the last response: the next may repeat that
+        self.told = set[str]()  # rooms that polls of this life have told of
         self.slots, self.join_slots = [asyncio.Semaphore(MAX_BUSY) for _ in range(2)]
         self.hold = 0  # ms, of the next poll
         self.refused_since = NEVER  # s: since when next_batch is refused

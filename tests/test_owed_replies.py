@@ -201,34 +201,38 @@ async def all_is_answered(manners: Manners, meanwhile: list[str], limit: int) ->
             await room.answers(*texts, *range(5))
 
 
-# Makes another error of being cancelled, once.
+# Makes of being cancelled, once, another error or a reply.
 STUBBORN = """
 asked = []
 async def reply_to(event: RoomMessageText) -> str | None:
     asked.append(event.body)
-    if asked == ["!replybot first"]:
+    text = event.body.removeprefix(COMMAND).strip()
+    if len(asked) == 1:
         try:
             await asyncio.Event().wait()
         except BaseException as error:
-            raise ValueError(event.body) from error
-    return event.body.removeprefix(COMMAND).strip()
+            if text == "raise":
+                raise ValueError(event.body) from error
+            return "cancelled"
+    return text
 """
 
 
 @families
-async def test_invited_again_while_it_is_made_up(manners: Manners) -> None:
-    """A reply that is not ready then is made up again after the join, whatever ended the first."""
+@pytest.mark.parametrize("first", ["raise", "return"])
+async def test_invited_again_while_a_reply_is_made_up(manners: Manners, first: str) -> None:
+    """It is made up again after the join, whatever became of it when it was cancelled."""
     async with field_of(manners) as field:
         field.bot.script = fork(field.bot.directory, STUBBORN)
         room = field.server.room()
         await field.bot.run()
-        room.command("first")
+        room.command(first)
         await is_past(field, field.server.position)
         room.set_membership("leave", ALICE)
         room.set_membership("invite", ALICE)
         room.command("second")
-        await room.answers("first", "second")
-        assert "first" not in field.bot.log
+        await room.answers(first, "second")
+        assert "Passed over" not in field.bot.log
 
 
 # Silent, after a while, to what is no command.
