@@ -331,8 +331,8 @@ def memberships(room: Room, events: Events, answered: set[str]) -> dict[str, str
     Not every homeserver tells that. Else follow the changes, before the first of which it was the
     other way round; and where the bot has answered, it was in.
     """
-    changes = [now for event in events.values() if (now := own_membership(room, event))]
-    now = "leave" if changes and changes[0] in ("invite", "join") else "join"
+    changes = filter(None, (own_membership(room, event) for event in events.values()))
+    now = "leave" if next(changes, "") in ("invite", "join") else "join"
     result = {}
     for event_id, event in events.items():
         now = own_membership(room, event) or now
