@@ -152,7 +152,7 @@ async def sync_forever(client: "Client") -> None:
         since, response = state.next_batch, polling.result()  # JSON, by Client._send
         state.next_batch = response["next_batch"]
         client.hold = SYNC_TIMEOUT
-        follow(client, response, since)
+        client.invited = follow(client, response, since, client.invited)
         if not since:  # Before it joins a room, or a start without a position knew nothing of that.
             state.save("next_batch", state.positions())
         if not (is_ready and since):  # at first, or after a refused position
@@ -203,11 +203,15 @@ def sync_filter(since: str) -> JSON:
 
 
 async def resume(client: "Client", since: str) -> None:
-    """Have all rooms that are known go on."""
+    """Have rooms go on that owe replies, or of which this life has heard."""
+    behind = client.state.behind
+    rooms = map(client.room, client.known_rooms | behind)
+    # One that it was just invited to goes on with its first timeline.
+    resumed = [r for r in rooms if not r.joining and (r.done or r.id in behind)]
     # Join first, unless that takes long: Conduit hides for good what was read from outside.
     older = asyncio.create_task(crash_on_bug(follow_older(client)))
     await asyncio.wait([older], timeout=5)
-    for room in map(client.room, client.known_rooms | client.state.behind):
+    for room in resumed:
         if not room.joining:
             hear(room, since, {"limited": True})
 
@@ -215,21 +219,20 @@ async def resume(client: "Client", since: str) -> None:
 async def follow_older(client: "Client") -> None:
     """Follow the invitations from before the saved position."""
     sync = await retry(lambda: client.sync(1, sync_filter(""), ""), "the sync for old invitations")
-    client.invited |= client.told  # What polls have told meanwhile is newer than this response.
-    follow(client, sync, "")
+    follow(client, sync, "", client.told)  # What polls have told meanwhile is newer.
 
 
-def follow(client: "Client", response: JSON, since: str) -> None:
-    """Follow the new invitations in a sync response."""
+def follow(client: "Client", response: JSON, since: str, told: set[str]) -> set[str]:
+    """Follow the invitations in a sync response that were not told before; return all of them."""
     invited = rooms_of(response, "invite")
-    for room in map(client.room, invited.keys() - client.invited):
+    for room in map(client.room, invited.keys() - told):
         client.state.behind.setdefault(room.id, since)
         for task in filter(None, (room.joining, room.answering)):
             task.cancel()  # As after a crash, all that is not done will be read back.
         room.joining = asyncio.create_task(crash_on_bug(accept(room, invited[room.id])))
-        room.answering = None
-    client.invited = set(invited)
-    client.told |= client.invited
+        room.answering, room.has_notice = None, False
+    client.told |= invited.keys()
+    return set(invited)
 
 
 def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:

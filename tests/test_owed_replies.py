@@ -11,7 +11,7 @@ import support.proxy as faults
 from aiohttp import web
 from support.bot import Bot, eventually, fork, together
 from support.people import Room as PeoplesRoom
-from support.proxy import JOIN, MESSAGES, POLL, SEND, SYNC, Proxy
+from support.proxy import FIRST_SYNC, JOIN, MESSAGES, POLL, SEND, SYNC, Proxy
 from support.scripted import ALICE, FAMILIES, Field, Manners, Room, field_of
 
 families = pytest.mark.parametrize("manners", FAMILIES.values(), ids=FAMILIES)
@@ -199,6 +199,49 @@ async def all_is_answered(manners: Manners, meanwhile: list[str], limit: int) ->
             room.command(*range(3, 5))
             may_join.set()
             await room.answers(*texts, *range(5))
+
+
+@families
+async def test_joined_before_the_old_invitations_are_known(manners: Manners) -> None:
+    """At a start, what is said before the join counts, though its timeline begins there."""
+    may_join, may_sync = asyncio.Event(), asyncio.Event()
+    async with field_of(manners) as field:
+        await field.bot.run()
+        await field.bot.kill()
+        room = field.server.room("invite")
+        with (
+            field.proxy.inject(faults.hold(may_sync.wait), FIRST_SYNC),
+            field.proxy.inject(faults.rewrite(begin_with_the_join), POLL),
+            field.proxy.inject(faults.hold(may_join.wait), JOIN) as joining,
+        ):
+            await field.bot.start()
+            await joining.happens()
+            room.command("meanwhile")
+            room.say(*["chat"] * 20)
+            may_join.set()
+            await field.bot.logs("Joined")
+            may_sync.set()
+            room.command("after")
+            await room.answers("meanwhile", "after")
+
+
+@families
+async def test_notice_that_an_invitation_interrupts(manners: Manners) -> None:
+    """That a room is encrypted is told after the join, if it could not be told before."""
+    async with field_of(manners) as field:
+        room = field.server.room()
+        await field.bot.run()
+        with field.proxy.inject(faults.internal_error, SEND) as failing:
+            room.add("m.room.encrypted", ALICE, {})
+            await failing.happens()
+            room.set_membership("leave", ALICE)
+            room.set_membership("invite", ALICE)
+            await field.bot.logs("Joined")
+        room.add("m.room.encrypted", ALICE, {})
+        room.command("hello")
+        await eventually(lambda: len(room.replies) > 1)
+        assert "encrypted" in room.replies[0]
+        assert room.replies[1:] == ["hello"]
 
 
 # Makes of being cancelled, once, another error or a reply.

@@ -11,7 +11,7 @@ import support.proxy as faults
 from aiohttp import web
 from support.bot import eventually, together
 from support.proxy import FIRST_SYNC, JOIN, LOGIN, MESSAGES, POLL, SEND, SYNC, Fault, Proxy
-from support.scripted import DENDRITE, JSON, SYNAPSE, Manners, field_of
+from support.scripted import ALICE, DENDRITE, JSON, SYNAPSE, Manners, field_of
 from test_owed_replies import families, is_past
 from test_refused_invitations import FORBIDDEN, LEAVE, NOT_FOUND, OWNER
 
@@ -265,6 +265,73 @@ async def test_old_invitations_that_come_late_undo_no_join() -> None:
         room.command("second")
         await room.answers("first", "second")
         assert not field.proxy.count(LEAVE)
+
+
+@families
+@pytest.mark.parametrize("first", [ALICE, OWNER])
+async def test_invited_again_amid_the_sync_for_old_invitations(
+    manners: Manners, first: str
+) -> None:
+    """It is followed, whether the invitation that the first poll told was accepted or rejected."""
+    async with field_of(manners) as field:
+        field.bot.environment["MATRIX_INVITERS"] = ALICE
+        await field.bot.run()
+        await field.bot.kill()
+        room = field.server.room("leave")
+        room.set_membership("invite", first)
+        may_sync = asyncio.Event()
+        with field.proxy.inject(faults.hold(may_sync.wait), FIRST_SYNC):
+            await field.bot.start()
+            await field.bot.logs(f"invited by {first}")
+            if first == ALICE:
+                room.set_membership("leave", ALICE)
+            room.set_membership("invite", ALICE)
+            room.command("hello")
+            may_sync.set()
+            await room.answers("hello")
+
+
+async def test_rejected_invitations_are_not_read_at_the_start() -> None:
+    """However many there are, they hold up nobody."""
+    async with field_of() as field:
+        field.bot.environment["MATRIX_INVITERS"] = OWNER
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        rejected = [field.server.room("invite") for _ in range(500)]
+        room.command("hello")
+        with field.proxy.inject(faults.delay(4), FIRST_SYNC) as syncing:
+            await field.bot.start()
+            await room.answers("hello")
+        assert syncing.happened
+        await eventually(lambda: {each.membership for each in rejected} == {"leave"})
+        assert not field.proxy.count(MESSAGES)
+
+
+async def test_room_without_news_is_not_read_after_a_refused_position() -> None:
+    """Told with an empty timeline, all it has is from before the first start."""
+    async with field_of(speed=30) as field:
+        room, other = [field.server.room() for _ in range(2)]
+        room.command("before the first start")
+        await field.bot.run()
+
+        def unread(answer: JSON) -> JSON:
+            answer["rooms"]["join"].setdefault(room.room_id, {"unread_notifications": {}})
+            return answer
+
+        with field.proxy.inject(faults.rewrite(unread), POLL) as telling:
+            other.command("hello")
+            await other.answers("hello")
+            assert telling.happened
+        await is_past(field, field.server.position)
+        with field.proxy.inject(MALFORMED, POLL) as refused:
+            other.say("this ends the poll before")
+            await refused.happens()
+            await field.bot.logs("refused: starting from now")
+        other.command("after")
+        await other.answers("hello", "after")
+        room.command("new")
+        await room.answers("new")
 
 
 async def test_position_refused_for_a_minute_is_given_up_loudly() -> None:
