@@ -204,10 +204,9 @@ def sync_filter(since: str) -> JSON:
 
 async def resume(client: "Client", since: str) -> None:
     """Have rooms go on that owe replies, or of which this life has heard."""
-    behind = client.state.behind
-    rooms = map(client.room, client.known_rooms | behind)
+    rooms = map(client.room, client.known_rooms | client.state.behind)
     # One that it was just invited to goes on with its first timeline.
-    resumed = [r for r in rooms if not r.joining and (r.done or r.id in behind)]
+    resumed = [r for r in rooms if not r.joining and (r.done or r.id in client.state.behind)]
     # Join first, unless that takes long: Conduit hides for good what was read from outside.
     older = asyncio.create_task(crash_on_bug(follow_older(client)))
     await asyncio.wait([older], timeout=5)
@@ -652,10 +651,9 @@ async def discover(client: Client) -> str:
         async with asyncio.timeout(20 if last else None):
             return str(part(await client.discovery_info(), "m.homeserver", "base_url") or last)
     except (Failure, TimeoutError) as failure:
-        own = f"https://{name}" if str(failure).startswith("HTTP 404") else ""
-        if url := last or own:  # It may have failed for a moment.
-            return str(url)
-        raise
+        if not last and not str(failure).startswith("HTTP 404"):
+            raise
+        return str(last or f"https://{name}")  # It may be 404 for a moment.
 
 
 async def log_in(client: Client) -> None:
