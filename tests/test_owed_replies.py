@@ -244,6 +244,45 @@ async def test_notice_that_an_invitation_interrupts(manners: Manners) -> None:
         assert room.replies[1:] == ["hello"]
 
 
+@families
+async def test_join_that_hangs_over_a_restart(manners: Manners) -> None:
+    """The room is not read before it is joined: Conduit would hide that afterwards."""
+    async with field_of(manners) as field:
+        room, other = field.server.room("leave"), field.server.room()
+        await field.bot.run()
+        may_join = asyncio.Event()
+        with field.proxy.inject(faults.hold(may_join.wait), JOIN) as joining:
+            room.set_membership("invite", ALICE)
+            await joining.happens()
+            room.command("first")
+            await eventually(lambda: room.room_id in field.bot.unfinished)
+            await field.bot.kill()
+            await field.bot.start()
+            await joining.happens(2)
+            other.command("hello")
+            await other.answers("hello")
+            assert not field.proxy.count(of(room, MESSAGES))
+            may_join.set()
+            await room.answers("first")
+
+
+async def test_what_comes_during_a_turn_is_not_read_back() -> None:
+    """While a reply is under way, each timeline follows the one before."""
+    async with field_of() as field:
+        room = field.server.room()
+        await field.bot.run()
+        may_send = asyncio.Event()
+        with field.proxy.inject(faults.hold(may_send.wait), SEND, times=1) as sending:
+            room.command("first")
+            await sending.happens()
+            for n in range(3):
+                room.command(n)
+                await is_past(field, field.server.position)
+            may_send.set()
+            await room.answers("first", *range(3))
+        assert not field.proxy.count(MESSAGES)
+
+
 # Makes of being cancelled, once, another error or a reply.
 STUBBORN = """
 asked = []
