@@ -153,8 +153,6 @@ async def sync_forever(client: "Client") -> None:
         state.next_batch = response["next_batch"]
         client.hold = SYNC_TIMEOUT
         client.invited = follow(client, response, since, client.invited)
-        if not since:  # Before it joins a room, or a start without a position knew nothing of that.
-            state.save("next_batch", state.positions())
         if not (is_ready and since):  # at first, or after a refused position
             notify("READY=1")
             await resume(client, since)
@@ -169,10 +167,10 @@ async def sync_forever(client: "Client") -> None:
 
 async def poll(client: "Client") -> Any:
     """Return what came after next_batch; forget that once it is refused for a minute."""
-    # After a failure short, and with a new URL each time, as failures may be cached.
+    # After a failure short, and at a new URL each time: failures may be cached.
     since, hold = client.state.next_batch, client.hold or random.randrange(1, 1000)
     client.hold = 0
-    # Only refusals in a row count.
+    # Set again below: only refusals in a row count.
     refused_since, client.refused_since = client.refused_since, NEVER
     try:
         return await client.sync(hold, sync_filter(since), since)
@@ -204,9 +202,14 @@ def sync_filter(since: str) -> JSON:
 
 async def resume(client: "Client", since: str) -> None:
     """Have rooms go on that owe replies, or of which this life has heard."""
-    rooms = map(client.room, client.known_rooms | client.state.behind)
-    # One that it was just invited to goes on with its first timeline.
-    resumed = [r for r in rooms if not r.joining and (r.done or r.id in client.state.behind)]
+    state = client.state
+    for room in client.known_rooms.values():
+        if room.done:
+            state.behind.setdefault(room.id, since)
+    # Before any join: a crash between that and a save would lose the room.
+    state.save("next_batch", state.positions())
+    # A room that it was just invited to goes on with its first timeline.
+    resumed = [room for room in map(client.room, state.behind) if not room.joining]
     # Join first, unless that takes long: Conduit hides for good what was read from outside.
     older = asyncio.create_task(crash_on_bug(follow_older(client)))
     await asyncio.wait([older], timeout=5)
@@ -221,16 +224,16 @@ async def follow_older(client: "Client") -> None:
     follow(client, sync, "", client.told)  # What polls have told meanwhile is newer.
 
 
-def follow(client: "Client", response: JSON, since: str, told: set[str]) -> set[str]:
-    """Follow the invitations in a sync response that were not told before; return all of them."""
+def follow(client: "Client", response: JSON, since: str, old: set[str]) -> set[str]:
+    """Follow the invitations in a sync response that are not old; return all of them."""
     invited = rooms_of(response, "invite")
-    for room in map(client.room, invited.keys() - told):
+    for room in map(client.room, invited.keys() - old):
         client.state.behind.setdefault(room.id, since)
         for task in filter(None, (room.joining, room.answering)):
             task.cancel()  # As after a crash, all that is not done will be read back.
         room.joining = asyncio.create_task(crash_on_bug(accept(room, invited[room.id])))
         room.answering, room.has_notice = None, False
-    client.told |= invited.keys()
+    client.told |= invited.keys() | rooms_of(response, "join").keys()
     return set(invited)
 
 
@@ -238,9 +241,8 @@ def hand_out(client: "Client", response: JSON, since: str) -> list[Task]:
     """Hand each room its part of a sync response; return the tasks that answer news."""
     # Without a position timelines are history: not every homeserver heeds the filter.
     joined = rooms_of(response, "join") if since else {}
-    client.told |= joined.keys()
     heard = [hear(client.room(i), since, part(joined, i, "timeline", kind=dict)) for i in joined]
-    return [task for task in heard if task]
+    return list(filter(None, heard))
 
 
 def rooms_of(response: JSON, membership: str) -> JSON:
@@ -272,7 +274,7 @@ class Room:
 def hear(room: Room, since: str, timeline: JSON) -> Task | None:
     """Have a room answer what a sync since a position brought; return its task if that is news."""
     owes_from = room.client.state.behind.setdefault(room.id, since)
-    # It owes what is older than these, and no task has that in hand.
+    # It owes what is older than these, and no task has that in hand: follow has ended it.
     is_left = owes_from != since and not room.answering
     events = by_id(timeline, "events")
     is_new = any(i not in room.events and i not in room.done for i in events)
@@ -312,7 +314,7 @@ async def answer_events(room: Room, events: Events) -> None:
             if is_new and membership in ("invite", "join"):
                 await answer(room, event_id, events[event_id])
         except BaseException as error:  # Whatever reply_to raises; its text may quote the message.
-            if room.answering is not asyncio.current_task():  # It was invited again.
+            if room.answering is not asyncio.current_task():  # Cancelled, by follow.
                 raise asyncio.CancelledError from None  # Whatever reply_to made of that.
             frames = "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__
             log.error("Passed over %s in %s:\n%s", event_id, room.id, frames)
@@ -427,8 +429,8 @@ async def read_back(room: Room, since: str, upto: str, timeline: Events) -> Even
             break
     starts = ends.union(known) & read.keys() or set(read)
     order = dropwhile(lambda i: i not in starts, reversed(read))
-    # Begin where something is new or answered: what comes after it may have been fetched from other
-    # homeservers later, though it seems known. State is not new: some pages leave it out.
+    # Skip what was known, up to the first that is new or answered. What follows stays: it may have
+    # come late from other homeservers. State is not new: some pages leave it out.
     new = {i for i, e in read.items() if "state_key" not in e or own_membership(room, e)}
     new = (new - set(known)) | answered_in(room, read) | room.done.keys()
     return {i: read[i] for i in dropwhile(lambda i: i not in new, order)}
@@ -495,7 +497,7 @@ async def accept(room: Room, invited: JSON) -> None:
         log.info("%s %s, invited by %s", "Joined" if is_welcome else "Left", room.id, inviter)
         client.invited.discard(room.id)  # The next one is new.
     if not room.answering and not (is_welcome and result):
-        client.state.behind.pop(room.id, None)  # Not joined: nothing to read or answer.
+        client.state.behind.pop(room.id, None)  # Not joined; no answer_room will do it.
 
 
 async def retry(request: Callable[[], Any], what: str, room: Room | None = None) -> Any:
@@ -621,9 +623,9 @@ class Client(AsyncClient):
         if method != "GET":  # Not every homeserver takes a body of another type, or none.
             data, headers["Content-Type"] = data or "{}", "application/json"
         # Redirected, a POST would become a GET, and the token would get lost.
-        follow, proxy = "/.well-known/" in url, self.proxy
+        redirects, proxy = "/.well-known/" in url, self.proxy
         request = self.http.request(
-            method, url, data=data, headers=headers, proxy=proxy, allow_redirects=follow
+            method, url, data=data, headers=headers, proxy=proxy, allow_redirects=redirects
         )
         try:
             async with request as response:
@@ -705,7 +707,7 @@ class State:
         self.next_batch = text.partition("\n")[0].strip()
         if self.session and not self.next_batch:
             log.error("next_batch is missing or empty: starting from now")
-        # By room ID, positions before which all is answered.
+        # By room ID, where what it owes begins; "" is the bot's invitation, or its last reply.
         self.behind = dict(re.findall(r"(?m)^(!\S+) ?(\S*)", text))
 
     def save_session(self, **changes: Any) -> None:

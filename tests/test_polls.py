@@ -189,6 +189,9 @@ async def test_position_refused_while_the_bot_runs_costs_no_command(manners: Man
         for room in rooms:
             room.command("old")
         await field.bot.run()
+        rooms[1].set_membership("leave", ALICE)
+        rooms[1].set_membership("invite", ALICE)
+        await eventually(lambda: rooms[1].membership == "join")
         for room in rooms[:2]:
             room.command("before")
             await room.answers("before")
@@ -235,6 +238,56 @@ async def test_room_that_is_done_just_after_a_refused_position(manners: Manners)
                 await syncing.happens()
                 may_sync.set()
         await room.answers("before", "meanwhile")
+
+
+@families
+async def test_stop_just_after_a_refused_position(manners: Manners) -> None:
+    """With the next position the bot saves which rooms it will read back."""
+    async with field_of(manners, speed=20) as field:
+        room, other = [field.server.room() for _ in range(2)]
+        await field.bot.run()
+        room.command("before")
+        await room.answers("before")
+        await is_past(field, field.server.position)
+        with field.proxy.inject(MALFORMED, POLL) as refused:
+            other.say("this ends the poll before")
+            await refused.happens()
+            room.command("meanwhile")
+            await field.bot.logs("refused: starting from now")
+        # Two syncs without a position succeed amid that minute, to try, and the poll.
+        course = faults.in_turn(faults.delay(0), faults.silence)
+        with field.proxy.inject(course, FIRST_SYNC) as syncing:
+            await syncing.happens(2)
+            await field.bot.kill()
+        await field.bot.start()
+        await room.answers("before", "meanwhile")
+
+
+@families
+async def test_joined_room_is_told_before_old_invitations(manners: Manners) -> None:
+    """Kicked and invited again amid the old sync, a room that had news owes that, too."""
+    async with field_of(manners) as field:
+        room = field.server.room()
+        room.say("known")
+        await field.bot.run()
+        await field.bot.kill()
+        room.command("first")
+        room.say(*["chat"] * 5)
+        may_sync, may_join = asyncio.Event(), asyncio.Event()
+        with (
+            field.proxy.inject(faults.hold(may_sync.wait), FIRST_SYNC) as syncing,
+            field.proxy.inject(faults.hold(may_join.wait), JOIN) as joining,
+        ):
+            await field.bot.start()
+            await syncing.happens()
+            room.set_membership("leave", ALICE)
+            room.set_membership("invite", ALICE)
+            may_sync.set()
+            await joining.happens()
+            room.command("second")
+            room.say(*["chat"] * 110)
+            may_join.set()
+            await room.answers("first", "second")
 
 
 async def test_old_invitations_that_come_late_undo_no_join() -> None:
