@@ -203,11 +203,12 @@ def sync_filter(since: str) -> JSON:
 async def resume(client: "Client", since: str) -> None:
     """Have rooms go on that owe replies, or of which this life has heard."""
     state = client.state
-    for room in client.known_rooms.values():
-        if room.done:
-            state.behind.setdefault(room.id, since)
-    # Before any join: a crash between that and a save would lose the room.
-    state.save("next_batch", state.positions())
+    if not since:
+        for room in client.known_rooms.values():
+            if room.done:
+                state.behind.setdefault(room.id, "")
+        # Before any join: a crash between that and a save would lose the room.
+        state.save("next_batch", state.positions())
     # A room that it was just invited to goes on with its first timeline.
     resumed = [room for room in map(client.room, state.behind) if not room.joining]
     # Join first, unless that takes long: Conduit hides for good what was read from outside.

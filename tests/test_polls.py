@@ -241,6 +241,23 @@ async def test_room_that_is_done_just_after_a_refused_position(manners: Manners)
 
 
 @families
+async def test_kill_while_old_invitations_are_waited_for(manners: Manners) -> None:
+    """What the first poll brought is not saved as done yet, and answered by the next life."""
+    async with field_of(manners) as field:
+        room = field.server.room()
+        await field.bot.run()
+        await field.bot.kill()
+        room.command(*range(3))
+        with field.proxy.inject(faults.silence, FIRST_SYNC) as waiting:
+            await field.bot.start()
+            await waiting.happens()
+            await asyncio.sleep(0.3)  # There may be a save.
+            await field.bot.kill()
+        await field.bot.start()
+        await room.answers(*range(3))
+
+
+@families
 async def test_stop_just_after_a_refused_position(manners: Manners) -> None:
     """With the next position the bot saves which rooms it will read back."""
     async with field_of(manners, speed=20) as field:
