@@ -83,7 +83,7 @@ async def reply_to(event: RoomMessageText) -> str | JSON | None:
     This is the function to rewrite for another bot. It gets event.sender, event.body and
     event.event_id; event.source has all else, as event.source["room_id"]. It may take
     REPLY_TIMEOUT s: while it awaits, other rooms go on. It may raise: that costs this one reply.
-    After a restart it may be called again for earlier events: no second reply is sent.
+    After a restart or an invitation it may be called again: no second reply is sent.
     """
     if not event.body.startswith(COMMAND):
         return None
@@ -451,7 +451,7 @@ async def pages_before(room: Room, position: str, timeline: Events) -> AsyncIter
     for attempt in range(1, 10):
         page, before = await read_page(room, position, 100)
         if not timeline or page.keys() & timeline.keys():
-            break  # Else that is a worker that lags: ask again.
+            break  # Else that worker lags: ask again.
         await asyncio.sleep(min(attempt / 4, 1))
     seen, useless = set[str](), 0
     while True:

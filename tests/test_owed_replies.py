@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import support.proxy as faults
-from aiohttp import web
 from support.bot import Bot, eventually, fork, together
 from support.people import Room as PeoplesRoom
 from support.proxy import FIRST_SYNC, JOIN, MESSAGES, POLL, SEND, SYNC, Proxy
@@ -172,16 +171,11 @@ async def all_is_answered(manners: Manners, meanwhile: list[str], limit: int) ->
     texts = ["first", *(t.removeprefix("!replybot ") for t in meanwhile if t != "chat")]
     sent, may_join = asyncio.Event(), asyncio.Event()
 
-    async def late(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-        answer = await proxy.forward(request)
-        await sent.wait()
-        return answer
-
     async with field_of(manners, timeline_limit=limit) as field:
         room, other = [field.server.room() for _ in range(2)]
         await field.bot.run()
         with (
-            field.proxy.inject(late, of(room, SEND), times=1) as sending,
+            field.proxy.inject(faults.withhold(sent.wait), of(room, SEND), times=1) as sending,
             field.proxy.inject(faults.hold(may_join.wait), of(room, JOIN), times=1) as joining,
         ):
             room.command("first")

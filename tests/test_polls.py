@@ -271,7 +271,7 @@ async def test_stop_just_after_a_refused_position(manners: Manners) -> None:
             await refused.happens()
             room.command("meanwhile")
             await field.bot.logs("refused: starting from now")
-        # Two syncs without a position succeed amid that minute, to try, and the poll.
+        # The poll without a position succeeds, the sync for old invitations does not.
         course = faults.in_turn(faults.delay(0), faults.silence)
         with field.proxy.inject(course, FIRST_SYNC) as syncing:
             await syncing.happens(2)
@@ -317,12 +317,7 @@ async def test_old_invitations_that_come_late_undo_no_join() -> None:
         (field.bot.state / "next_batch").write_text(f"s{field.server.position}\n")
         may_come = asyncio.Event()
 
-        async def late(proxy: Proxy, request: web.Request) -> web.StreamResponse:
-            answer = await proxy.forward(request)
-            await may_come.wait()
-            return answer
-
-        with field.proxy.inject(late, FIRST_SYNC) as old:
+        with field.proxy.inject(faults.withhold(may_come.wait), FIRST_SYNC) as old:
             await field.bot.start()
             await old.happens()
             room.set_membership("join")

@@ -250,6 +250,17 @@ def hold(until: Callable[[], Awaitable[object]]) -> Fault:
     return fault
 
 
+def withhold(until: Callable[[], Awaitable[object]]) -> Fault:
+    """The request is forwarded at once, and its answer once this, called, has come true."""
+
+    async def fault(proxy: Proxy, request: web.Request) -> web.StreamResponse:
+        answer = await proxy.forward(request)
+        await until()
+        return answer
+
+    return fault
+
+
 def delay(seconds: float) -> Fault:
     """The request is passed on only after a while."""
     return hold(partial(asyncio.sleep, seconds))
