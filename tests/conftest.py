@@ -13,11 +13,26 @@ from support.homeserver import Homeserver, running, running_homeserver
 from support.people import People, Room, new_people
 from support.prefork import preforking
 from support.proxy import Proxy, running_proxy
+from xdist.scheduler import LoadScopeScheduling
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two for each core, as the tests wait about as long as they work; each has a Synapse."""
-    return min(2 * (os.cpu_count() or 1), 16)
+    """Three for each core, as the tests wait longer than they work; each has a Synapse."""
+    return min(3 * (os.cpu_count() or 1), 16)
+
+
+class Scheduling(LoadScopeScheduling):
+    """Hands out tests singly, but those that need two homeservers, which start slowly, together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Return what the test is handed out with."""
+        file, _, test = nodeid.partition("::")
+        return file if file.endswith("test_federation.py") else test
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """Return what decides which worker runs a test."""
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -184,7 +184,7 @@ async def position_is_kept(refusal: Fault, times: int, pattern: str = POLL) -> N
 @families
 async def test_position_refused_while_the_bot_runs_costs_no_command(manners: Manners) -> None:
     """What came since is read back in the rooms of this life: a homeserver was set back, say."""
-    async with field_of(manners, speed=30) as field:
+    async with field_of(manners, speed=60) as field:
         rooms = [field.server.room() for _ in range(3)]
         for room in rooms:
             room.command("old")
@@ -219,7 +219,7 @@ async def test_position_refused_while_the_bot_runs_costs_no_command(manners: Man
 @families
 async def test_room_that_is_done_just_after_a_refused_position(manners: Manners) -> None:
     """Though it owes nothing any more when the position is given up, what came since is read."""
-    async with field_of(manners, speed=20) as field:
+    async with field_of(manners, speed=60) as field:
         room, other = [field.server.room() for _ in range(2)]
         await field.bot.run()
         may_send, may_sync = asyncio.Event(), asyncio.Event()
@@ -260,7 +260,7 @@ async def test_kill_while_old_invitations_are_waited_for(manners: Manners) -> No
 @families
 async def test_stop_just_after_a_refused_position(manners: Manners) -> None:
     """With the next position the bot saves which rooms it will read back."""
-    async with field_of(manners, speed=20) as field:
+    async with field_of(manners, speed=60) as field:
         room, other = [field.server.room() for _ in range(2)]
         await field.bot.run()
         room.command("before")
@@ -375,7 +375,7 @@ async def test_rejected_invitations_are_not_read_at_the_start() -> None:
 
 async def test_room_without_news_is_not_read_after_a_refused_position() -> None:
     """Told with an empty timeline, all it has is from before the first start."""
-    async with field_of(speed=30) as field:
+    async with field_of(speed=60) as field:
         room, other = [field.server.room() for _ in range(2)]
         room.command("before the first start")
         await field.bot.run()

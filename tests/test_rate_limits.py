@@ -48,7 +48,7 @@ async def test_synapse_limits_cost_no_reply_and_starve_no_room(people: People, b
     allowed = (50 - BURST) / PER_SECOND
     assert max(first + second) - started > allowed * 0.9
     # Without the time that it took to say it, while the limit was not reached yet.
-    assert max(first + second) - said < allowed * 1.25
+    assert max(first + second) - said < allowed * 2
     assert sum(moment < second[-1] for moment in first) <= 35, "the second room was starved"
 
 
@@ -125,7 +125,7 @@ async def limit_is_waited_out(pattern: str, limit: Fault) -> None:
             # An answer that takes longer than 5 s, as it seems if this machine is busy, is waiting
             # too: then it begins anew.
             assert 10 < len(times) < 150
-            assert max(later - earlier for earlier, later in pairwise(times)) > 30
+            assert max(later - earlier for earlier, later in pairwise(times)) > 10
         await room.answers("hello")
         assert "Gave up" not in field.bot.log
         assert field.bot.log.count("Trouble with") == 1
