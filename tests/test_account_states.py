@@ -51,7 +51,7 @@ async def state_is_waited_for(errcode: str, place: str) -> None:
             await room.answers("after")
         else:
             await room.answers(*range(3))
-        assert f"HTTP {status} {errcode} ({error})" in field.bot.log
+        assert f"HTTP {status} {errcode} {error!r}" in field.bot.log
         # One waits for each of the requests that met it, and each tells it once.
         assert field.bot.log.count(errcode) <= 2
         assert "Gave up" not in field.bot.log

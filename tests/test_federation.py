@@ -8,7 +8,7 @@ from support.bot import Bot
 from support.federation import FarPeople, FarRoom, Federation, arrives
 from support.homeserver import Homeserver
 from support.people import Room
-from support.proxy import MESSAGES, Proxy
+from support.proxy import Proxy
 
 BACKFILL = "GET .*/backfill/"  # a homeserver asks another one for what is missing
 
@@ -134,23 +134,6 @@ async def test_somebody_else_reads_back_while_a_room_hangs(
     if is_killed:
         await quick_bot.start()
     assert await room.replies(35) == [str(n) for n in range(35)]
-
-
-async def test_somebody_else_reads_back_where_only_chat_was_heard(
-    federation: Federation, people: FarPeople, quick_bot: Bot, proxy: Proxy
-) -> None:
-    """What was fetched for them is new, though there is no reply that tells so."""
-    room = await room_of_all(people)
-    await quick_bot.run()
-    position = quick_bot.next_batch
-    await room.say("chat")
-    await quick_bot.saves(other_than=position)
-    alice_has_read = asyncio.Event()
-    with proxy.inject(faults.hold(alice_has_read.wait), MESSAGES) as held:
-        await alice_reads_back(federation, people, room)
-        await held.happens()
-        alice_has_read.set()
-    assert await room.replies(30) == [str(n) for n in range(5, 35)]
 
 
 async def test_outage_in_a_downtime_where_only_chat_was_heard(

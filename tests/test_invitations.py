@@ -7,7 +7,7 @@ import pytest
 import support.proxy as faults
 from support.bot import Bot, eventually
 from support.people import People, Room
-from support.proxy import FIRST_SYNC, JOIN, POLL, Proxy
+from support.proxy import JOIN, POLL, Proxy
 from support.scripted import ALICE, DENDRITE, field_of
 
 
@@ -204,18 +204,3 @@ async def test_join_that_hangs_where_invitations_are_repeated() -> None:
             await field.proxy.counts(POLL, field.proxy.count(POLL) + 2)
             until.set()
         await room.answers(*range(12))
-
-
-async def test_kill_amid_the_first_start_after_a_join() -> None:
-    """What was said after the join is answered, though nothing was answered in that life."""
-    async with field_of() as field:
-        room = field.server.room("invite")
-        course = faults.in_turn(faults.delay(0), faults.silence)
-        with field.proxy.inject(course, FIRST_SYNC) as syncing:
-            await field.bot.start()
-            await syncing.happens(2)
-            await eventually(lambda: room.membership == "join")
-            room.command("hello")
-            await field.bot.kill()
-        await field.bot.start()
-        await room.answers("hello")

@@ -47,9 +47,9 @@ async def test_commands_in_many_rooms_at_once(open_files: None) -> None:
 
 
 async def test_invitations_to_many_rooms_whose_joins_hang(open_files: None) -> None:
-    """1,200 at once hold up no other room and take no more files; in the end all are followed."""
+    """400 at once hold up no other room and take no more files; in the end all are followed."""
     async with field_of() as field:
-        other, *rooms = [field.server.room("leave") for _ in range(1201)]
+        other, *rooms = [field.server.room("leave") for _ in range(401)]
         other.set_membership("join")
         await field.bot.start(
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))

@@ -59,31 +59,13 @@ async def test_pages_that_never_end() -> None:
 
         with field.proxy.inject(faults.hold(purge), f"{MESSAGES}(?!.*from={since}&)") as read:
             await field.bot.start()
-            await read.happens(3)
+            await read.happens(2)
             other.command("hello")
             await other.answers("hello", seconds=5)
-            assert not endless.replies
             await endless.answers(*range(12), seconds=60)
-            assert 100 < read.happened < 1000
+            assert read.happened < 100
         endless.command("after")
         await endless.answers(*range(12), "after")
-
-
-async def test_empty_pages_amid_others_are_read_through() -> None:
-    """Where 50 pages have only what an ignored user says, they are read on, and in no rush."""
-    async with field_of(CONDUIT, speed=10, page_limit=1) as field:
-        room = field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        room.command(*range(3))
-        for _ in range(50):
-            room.add("m.room.message", IGNORED, {"msgtype": "m.text", "body": "!replybot me"})
-        room.command(*range(3, 14))
-        await field.bot.start()
-        await field.proxy.counts(MESSAGES, 20)
-        before, began = field.proxy.count(MESSAGES), field.now()
-        await room.answers(*range(14))
-        assert 20 < field.proxy.count(MESSAGES) - before < 2 * (field.now() - began) + 20
 
 
 async def test_hidden_history_is_not_read_through() -> None:
@@ -119,25 +101,6 @@ async def test_timeline_that_no_page_has_is_no_hole_for_ever() -> None:
         field.server.pages_up_to = field.server.position - 20
         await field.bot.start()
         await room.answers(*range(3))
-
-
-async def test_first_page_that_stays_empty_is_passed() -> None:
-    """What the pages behind it have is read, though they have nothing of the timeline either."""
-
-    def empty(page: Any) -> Any:
-        return page | {"chunk": []}
-
-    async with field_of(speed=10, timeline_limit=5, page_limit=5) as field:
-        room = field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        since = field.bot.next_batch.split()[0]
-        room.command(*range(25))
-        first = rf"{MESSAGES}(?=.*limit=100).*from=s(?!{since[1:]}\b)"
-        with field.proxy.inject(faults.rewrite(empty), first) as emptied:
-            await field.bot.start()
-            await room.answers(*range(25))
-        assert emptied.happened >= 9
 
 
 async def test_reading_ends_where_only_history_precedes() -> None:

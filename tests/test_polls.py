@@ -1,7 +1,6 @@
 """Polls that fail, hurry or bring nothing cost no command, no rush and no time."""
 
 import asyncio
-import re
 import socket
 from itertools import pairwise
 from pathlib import Path
@@ -11,39 +10,19 @@ import support.proxy as faults
 from aiohttp import web
 from support.bot import eventually, together
 from support.proxy import FIRST_SYNC, JOIN, LOGIN, MESSAGES, POLL, SEND, SYNC, Fault, Proxy
-from support.scripted import ALICE, DENDRITE, JSON, SYNAPSE, Manners, field_of
-from test_owed_replies import families, is_past
+from support.scripted import DENDRITE, JSON, SYNAPSE, field_of
 from test_refused_invitations import FORBIDDEN, LEAVE, NOT_FOUND, OWNER
 
 MALFORMED = faults.answer(400, {"errcode": "M_INVALID_PARAM", "error": "Malformed since"})
 
 
-async def test_first_sync_that_fails_for_good_costs_only_old_invitations() -> None:
-    """At a restart the bot goes on from its position, whatever the sync without one comes to."""
+async def test_restart_needs_no_sync_without_a_position() -> None:
+    """It goes on from its position with all that it owes, an invitation included."""
     await together(*map(goes_on, (NOT_FOUND, faults.internal_error, faults.silence)))
 
 
-@pytest.mark.long
-async def test_first_sync_that_hangs_holds_up_only_the_start() -> None:
-    """It waits some seconds for older invitations to be followed; later gaps do not."""
-    async with field_of(timeline_limit=5) as field:
-        room = field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        room.command(*range(20))
-        with field.proxy.inject(faults.silence, FIRST_SYNC) as hanging:
-            await field.bot.start()
-            await hanging.happens()
-            await room.answers(*range(20), seconds=60)
-            began, before = field.now(), field.proxy.count(MESSAGES)
-            room.command(*range(20, 40))
-            await room.answers(*range(40), seconds=60)
-            assert field.now() - began < 4
-            assert field.proxy.count(MESSAGES) > before, "that was no gap"
-
-
 async def goes_on(trouble: Fault) -> None:
-    """Assert that for one kind of trouble; once that is over, the old invitation is followed."""
+    """Assert that for one kind of trouble with the sync that tells of all invitations."""
     async with field_of(speed=5) as field:
         room, owing = [field.server.room() for _ in range(2)]
         await field.bot.run()
@@ -63,22 +42,14 @@ async def goes_on(trouble: Fault) -> None:
             await field.bot.kill()
         invited.command("invited")
         room.command("second")
-        before = len(field.proxy.requests)
-        with field.proxy.inject(trouble, FIRST_SYNC) as failing:
+        with field.proxy.inject(trouble, FIRST_SYNC):
             await field.bot.start()
             await room.answers("first", "second")
             await owing.answers("owed")
+            await invited.answers("invited")
             new = field.server.room("invite")
             new.command("new")
             await new.answers("new")
-            await failing.happens()
-            if trouble is faults.silence:
-                return
-            await failing.happens(3)
-        asked = field.proxy.requests[before:]
-        syncs = {request for request in asked if re.search(FIRST_SYNC, request)}
-        assert len(syncs) > 1, "a failure may be cached"
-        await invited.answers("invited")
 
 
 async def test_slow_answers_are_waited_for_longer_each_time() -> None:
@@ -181,224 +152,6 @@ async def position_is_kept(refusal: Fault, times: int, pattern: str = POLL) -> N
         assert "refused: starting from now" not in field.bot.log
 
 
-@families
-async def test_position_refused_while_the_bot_runs_costs_no_command(manners: Manners) -> None:
-    """What came since is read back in the rooms of this life: a homeserver was set back, say."""
-    async with field_of(manners, speed=60) as field:
-        rooms = [field.server.room() for _ in range(3)]
-        for room in rooms:
-            room.command("old")
-        await field.bot.run()
-        rooms[1].set_membership("leave", ALICE)
-        rooms[1].set_membership("invite", ALICE)
-        await eventually(lambda: rooms[1].membership == "join")
-        for room in rooms[:2]:
-            room.command("before")
-            await room.answers("before")
-        rooms[2].say("no command")
-        may_join = asyncio.Event()
-        with field.proxy.inject(faults.hold(may_join.wait), JOIN) as joining:
-            rooms.append(field.server.room("invite"))
-            await joining.happens()
-            await is_past(field, field.server.position)
-            with field.proxy.inject(MALFORMED, POLL) as refused:
-                rooms[0].say("this ends the poll before")
-                await refused.happens()
-                for room in rooms:
-                    room.command("meanwhile")
-                await field.bot.logs("refused: starting from now")
-            for room in rooms:
-                room.command("after")
-            await rooms[0].answers("before", "meanwhile", "after")
-            await field.proxy.counts(POLL, field.proxy.count(POLL) + 2)
-            may_join.set()
-        for room, before in zip(rooms, (["before"], ["before"], [], []), strict=True):
-            await room.answers(*before, "meanwhile", "after")
-
-
-@families
-async def test_room_that_is_done_just_after_a_refused_position(manners: Manners) -> None:
-    """Though it owes nothing any more when the position is given up, what came since is read."""
-    async with field_of(manners, speed=60) as field:
-        room, other = [field.server.room() for _ in range(2)]
-        await field.bot.run()
-        may_send, may_sync = asyncio.Event(), asyncio.Event()
-        with field.proxy.inject(faults.hold(may_send.wait), SEND) as sending:
-            room.command("before")
-            await sending.happens()
-            await is_past(field, field.server.position)
-            with field.proxy.inject(MALFORMED, POLL) as refused:
-                other.say("this ends the poll before")
-                await refused.happens()
-                room.command("meanwhile")
-                await field.bot.logs("refused: starting from now")
-            with field.proxy.inject(faults.hold(may_sync.wait), FIRST_SYNC) as syncing:
-                may_send.set()
-                await field.bot.logs(f" in {room.room_id}")
-                await syncing.happens()
-                may_sync.set()
-        await room.answers("before", "meanwhile")
-
-
-@families
-async def test_kill_while_old_invitations_are_waited_for(manners: Manners) -> None:
-    """What the first poll brought is not saved as done yet, and answered by the next life."""
-    async with field_of(manners) as field:
-        room = field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        room.command(*range(3))
-        with field.proxy.inject(faults.silence, FIRST_SYNC) as waiting:
-            await field.bot.start()
-            await waiting.happens()
-            await asyncio.sleep(0.3)  # There may be a save.
-            await field.bot.kill()
-        await field.bot.start()
-        await room.answers(*range(3))
-
-
-@families
-async def test_stop_just_after_a_refused_position(manners: Manners) -> None:
-    """With the next position the bot saves which rooms it will read back."""
-    async with field_of(manners, speed=60) as field:
-        room, other = [field.server.room() for _ in range(2)]
-        await field.bot.run()
-        room.command("before")
-        await room.answers("before")
-        await is_past(field, field.server.position)
-        with field.proxy.inject(MALFORMED, POLL) as refused:
-            other.say("this ends the poll before")
-            await refused.happens()
-            room.command("meanwhile")
-            await field.bot.logs("refused: starting from now")
-        # The poll without a position succeeds, the sync for old invitations does not.
-        course = faults.in_turn(faults.delay(0), faults.silence)
-        with field.proxy.inject(course, FIRST_SYNC) as syncing:
-            await syncing.happens(2)
-            await field.bot.kill()
-        await field.bot.start()
-        await room.answers("before", "meanwhile")
-
-
-@families
-async def test_joined_room_is_told_before_old_invitations(manners: Manners) -> None:
-    """Kicked and invited again amid the old sync, a room that had news owes that, too."""
-    async with field_of(manners) as field:
-        room = field.server.room()
-        room.say("known")
-        await field.bot.run()
-        await field.bot.kill()
-        room.command("first")
-        room.say(*["chat"] * 5)
-        may_sync, may_join = asyncio.Event(), asyncio.Event()
-        with (
-            field.proxy.inject(faults.hold(may_sync.wait), FIRST_SYNC) as syncing,
-            field.proxy.inject(faults.hold(may_join.wait), JOIN) as joining,
-        ):
-            await field.bot.start()
-            await syncing.happens()
-            room.set_membership("leave", ALICE)
-            room.set_membership("invite", ALICE)
-            may_sync.set()
-            await joining.happens()
-            room.command("second")
-            room.say(*["chat"] * 110)
-            may_join.set()
-            await room.answers("first", "second")
-
-
-async def test_old_invitations_that_come_late_undo_no_join() -> None:
-    """A room that polls tell as joined is not left, though it was an invitation to be rejected."""
-    async with field_of(speed=10) as field:
-        field.bot.environment["MATRIX_INVITERS"] = "@nobody:*"
-        await field.bot.run()
-        await field.bot.kill()
-        room, other = field.server.room("invite"), field.server.room()
-        (field.bot.state / "next_batch").write_text(f"s{field.server.position}\n")
-        may_come = asyncio.Event()
-
-        with field.proxy.inject(faults.withhold(may_come.wait), FIRST_SYNC) as old:
-            await field.bot.start()
-            await old.happens()
-            room.set_membership("join")
-            room.command("first")
-            await room.answers("first")
-            may_come.set()
-        await field.proxy.counts(POLL, field.proxy.count(POLL) + 2)
-        other.command("hello")
-        await other.answers("hello")
-        room.command("second")
-        await room.answers("first", "second")
-        assert not field.proxy.count(LEAVE)
-
-
-@families
-@pytest.mark.parametrize("first", [ALICE, OWNER])
-async def test_invited_again_amid_the_sync_for_old_invitations(
-    manners: Manners, first: str
-) -> None:
-    """It is followed, whether the invitation that the first poll told was accepted or rejected."""
-    async with field_of(manners) as field:
-        field.bot.environment["MATRIX_INVITERS"] = ALICE
-        await field.bot.run()
-        await field.bot.kill()
-        room = field.server.room("leave")
-        room.set_membership("invite", first)
-        may_sync = asyncio.Event()
-        with field.proxy.inject(faults.hold(may_sync.wait), FIRST_SYNC):
-            await field.bot.start()
-            await field.bot.logs(f"invited by {first}")
-            if first == ALICE:
-                room.set_membership("leave", ALICE)
-            room.set_membership("invite", ALICE)
-            room.command("hello")
-            may_sync.set()
-            await room.answers("hello")
-
-
-async def test_rejected_invitations_are_not_read_at_the_start() -> None:
-    """However many there are, they hold up nobody."""
-    async with field_of() as field:
-        field.bot.environment["MATRIX_INVITERS"] = OWNER
-        room = field.server.room()
-        await field.bot.run()
-        await field.bot.kill()
-        rejected = [field.server.room("invite") for _ in range(500)]
-        room.command("hello")
-        with field.proxy.inject(faults.delay(4), FIRST_SYNC) as syncing:
-            await field.bot.start()
-            await room.answers("hello")
-        assert syncing.happened
-        await eventually(lambda: {each.membership for each in rejected} == {"leave"})
-        assert not field.proxy.count(MESSAGES)
-
-
-async def test_room_without_news_is_not_read_after_a_refused_position() -> None:
-    """Told with an empty timeline, all it has is from before the first start."""
-    async with field_of(speed=60) as field:
-        room, other = [field.server.room() for _ in range(2)]
-        room.command("before the first start")
-        await field.bot.run()
-
-        def unread(answer: JSON) -> JSON:
-            answer["rooms"]["join"].setdefault(room.room_id, {"unread_notifications": {}})
-            return answer
-
-        with field.proxy.inject(faults.rewrite(unread), POLL) as telling:
-            other.command("hello")
-            await other.answers("hello")
-            assert telling.happened
-        await is_past(field, field.server.position)
-        with field.proxy.inject(MALFORMED, POLL) as refused:
-            other.say("this ends the poll before")
-            await refused.happens()
-            await field.bot.logs("refused: starting from now")
-        other.command("after")
-        await other.answers("hello", "after")
-        room.command("new")
-        await room.answers("new")
-
-
 async def test_position_refused_for_a_minute_is_given_up_loudly() -> None:
     """The log names the position; what is said from then on is answered."""
     await together(*map(position_is_given_up, (MALFORMED, NOT_FOUND)))
@@ -443,8 +196,7 @@ async def test_refusal_of_a_proxy_costs_no_login(status: int) -> None:
         assert field.proxy.count(LOGIN) == 1
 
 
-@pytest.mark.parametrize("moves", [False, True], ids=["same position", "another each time"])
-async def test_polls_that_bring_the_same_at_once(moves: bool) -> None:
+async def test_polls_that_bring_the_same_at_once() -> None:
     """With the same chat line in each answer they are made at most twice a second."""
     answers: list[JSON] = []
 
@@ -452,9 +204,7 @@ async def test_polls_that_bring_the_same_at_once(moves: bool) -> None:
         if not answers and not answer["rooms"]["join"]:
             return answer
         answers.append(answer)
-        # As many zeros as answers make it another position, and yet the same one.
-        position = answers[0]["next_batch"].replace("s", "s" + "0" * len(answers) * moves)
-        return {**answers[0], "next_batch": position}
+        return answers[0]
 
     async with field_of(holds_polls=False) as field:
         room = field.server.room()

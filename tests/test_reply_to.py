@@ -45,11 +45,6 @@ async def reply_to(event: RoomMessageText) -> str | None:
             return await reply_to(event)
         case "number":
             return 42
-        case "task":
-            async def leave():
-                sys.exit(2)
-            asyncio.create_task(leave())
-            await asyncio.gather(leave())
         case "fine":
             return "FINE"
 """
@@ -60,7 +55,6 @@ FAILURES = {
     "secret": "ValueError",
     "cancel": "CancelledError",
     "usage": "SystemExit",
-    "task": "SystemExit",
     "own": "Own",
     "secrets": "BaseExceptionGroup",
     "recursion": "RecursionError",

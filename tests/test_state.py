@@ -123,18 +123,19 @@ async def has_run(room: Room, bot: Bot) -> None:
 async def test_unusable_next_batch_is_replaced_by_now(
     people: People, room: Room, quick_bot: Bot
 ) -> None:
-    """The log says it loudly; what is said from then on is answered, and nothing older.
+    """What is said from then on is answered, and nothing older.
 
-    What the homeserver refuses is tried for a minute first: it may not mean it.
+    What the homeserver refuses is tried for a minute first, as it may not mean it, and told loudly.
     """
     bot = quick_bot
     await has_run(room, bot)
     said = ["first"]
     below = b"!nowhere:echobot.test s1\n"
     contents = [b"", b"\n" + below]
+    refused = list[bytes]()
     if people.homeserver.name != "Conduit":  # It takes what is no position for the beginning.
-        contents += [b"s9_bogus\n" + below, b"\xff\xfe\x00\x01 \xc3\xa9"]
-    for content in contents:
+        refused += [b"s9_bogus\n" + below, b"\xff\xfe\x00\x01 \xc3\xa9"]
+    for content in contents + refused:
         await room.command("old")
         (bot.state / "next_batch").write_bytes(content)
         before = bot.next_batch
@@ -144,9 +145,8 @@ async def test_unusable_next_batch_is_replaced_by_now(
         await room.command(said[-1])
         assert await room.replies(len(said)) == said
         errors = [line for line in bot.log.splitlines() if " ERROR " in line]
-        assert len(errors) == len(said) - 1
-        assert "next_batch" in errors[-1]
-        assert "starting from now" in errors[-1]
+        assert len(errors) == max(0, len(said) - 1 - len(contents))
+        assert all("refused: starting from now" in error for error in errors)
         assert await bot.stop() == 0
 
 
