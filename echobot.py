@@ -112,11 +112,10 @@ def stop(status: int, reason: str) -> NoReturn:
 
 async def sync_forever(client: "Client") -> None:
     """Hand what each sync brings to its rooms, save what is done, poll on in no rush."""
-    since = client.position
     while True:
         began = time.monotonic()
         polling = client.tasks.create_task(persist(client.poll, "the sync"))
-        await asyncio.wait([polling], timeout=0.5 if since else 0)  # Most is done then.
+        await asyncio.sleep(0)  # The poll is on its way meanwhile.
         client.save()
         while not polling.done():
             await asyncio.wait([polling], timeout=60)
@@ -128,10 +127,11 @@ async def sync_forever(client: "Client") -> None:
             client.room(room_id).begin_anew()
         follow(client, since, part(response, "rooms", "invite", kind=dict))
         rooms = part(response, "rooms", "join", kind=dict) if since else {}  # Else it is history.
-        for room_id in rooms:
-            client.room(room_id).hear(since, part(rooms[room_id], "timeline", kind=dict))
-        is_news = rooms and client.position != since
-        await asyncio.sleep(0 if is_news else began + 0.5 - time.monotonic())
+        tasks = [client.room(i).hear(since, part(rooms[i], "timeline", kind=dict)) for i in rooms]
+        if tasks and client.position != since:
+            await asyncio.wait(tasks, timeout=0.5)  # Let most replies be done.
+        else:
+            await asyncio.sleep(began + 0.5 - time.monotonic())
         client.sync_clock += min(time.monotonic() - began, SYNC_TIMEOUT / 1000)
 
 
@@ -170,8 +170,8 @@ class Room:
         self.upto = "" if " " in self.behind[self.id] else self.client.position  # It joins first.
         self.task = self.client.tasks.create_task(self.work())
 
-    def hear(self, since: str, timeline: JSON) -> None:
-        """Take what a sync since a position brought."""
+    def hear(self, since: str, timeline: JSON) -> asyncio.Task[None]:
+        """Take what a sync since a position brought; return the task that answers it."""
         self.behind[self.id] = self.behind.get(self.id, since).partition(" ")[0]  # It has joined.
         if part(timeline, "limited", kind=bool) or len(self.events) > 1000:
             self.events, self.has_gap = {}, True  # for read_back to fill
@@ -179,6 +179,7 @@ class Room:
         self.redacted |= {part(event, "redacts") for event in events.values()}
         self.upto = self.client.position
         self.task = self.task or self.client.tasks.create_task(self.work())
+        return self.task
 
     async def work(self) -> None:
         """Answer the invitation, then all that is heard; note up to where that is done."""
@@ -243,9 +244,7 @@ class Room:
             case {"type": "m.room.encrypted"} if not self.has_notice:
                 self.has_notice, answers = True, self.id
                 log.warning("%s is encrypted: its messages can't be read", self.id)
-                page, _ = await self.read_page("", 100)
-                if self.id not in self.answered_in(page):  # in an earlier life
-                    content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
+                content = {"msgtype": "m.notice", "body": ENCRYPTED, "m.mentions": {}}
             case {"type": "m.room.message", "content": {"msgtype": "m.text", "body": str(body)}}:
                 style = map(event["content"].get, ("formatted_body", "format"))
                 source = {**event, "room_id": self.id}
@@ -283,7 +282,8 @@ class Room:
         starts = ends.union(known) & read.keys() or set(read)
         order = dropwhile(lambda i: i not in starts, reversed(read))
         # What comes late from other homeservers is among the known, or follows what has a reply.
-        done = set(known) - self.answered_in(read)
+        done = set(known) - self.answered_in(read)  # and state, which Dendrite leaves out there
+        done |= {i for i in read if "state_key" in read[i] and not self.membership_by(read[i])}
         return {i: read[i] for i in dropwhile(lambda i: i in done, order)}
 
     async def read_page(self, position: str, limit: int) -> tuple[JSON, str]:
@@ -371,10 +371,10 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     if status == 429 or (errcode and status < 500):  # A proxy's "no" has none, and may pass.
         failure.status = 429 if errcode in BLOCKED else status
     seconds = max(0.0, min(part(content, "retry_after_ms", kind=int), 10**6)) / 1000
-    told, now = [response.headers.get(name, "") for name in ("Retry-After", "Date")]
+    told = response.headers.get("Retry-After", "")
     seconds = seconds or (float(told) if told.isdecimal() else 0.0)
     with suppress(ValueError, TypeError, OverflowError):  # It may be a date.
-        seconds = (parsedate_to_datetime(told) - parsedate_to_datetime(now)).total_seconds()
+        seconds = parsedate_to_datetime(told).timestamp() - time.time()
     failure.retry_after = max(0, min(seconds, 120))
     return failure
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from support.bot import Bot
-from support.homeserver import User
+from support.homeserver import Homeserver, User
 from support.people import People, Room
 from support.proxy import MESSAGES, Proxy
 
@@ -38,9 +38,11 @@ async def test_burst_from_four_users_is_answered_once(
 @pytest.mark.others
 @pytest.mark.parametrize("is_running", [True, False], ids=["running", "down"])
 async def test_last_command_before_the_first_start_is_not_answered(
-    room: Room, proxied_bot: Bot, proxy: Proxy, is_running: bool
+    homeserver: Homeserver, room: Room, proxied_bot: Bot, proxy: Proxy, is_running: bool
 ) -> None:
     """Not even where it is the very event at the position from which a burst is read back."""
+    if homeserver.name == "Conduit":
+        pytest.skip("its pages leave out the event at a position: README, what it does not do")
     proxy.timeline_limit = 10
     await room.command("old 0", "old 1")
     await proxied_bot.run()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import support.proxy as faults
-from support.bot import Bot, new_bot
+from support.bot import Bot, eventually, new_bot
 from support.people import People, Room
 from support.proxy import LOGIN, MESSAGES, SEND, Proxy
 from test_misbehaving_rooms import sends_to
@@ -54,8 +54,17 @@ async def test_homeserver_stopped_killed_and_back(people: People, room: Room, bo
         await end()
         await people.homeserver.start()
         await room.command(21 * n + 20)
-    assert await room.replies(42) == [str(n) for n in range(42)]
+    expected = [str(n) for n in range(42)]
+    if people.homeserver.name == "Dendrite":  # It forgets transaction IDs, as the README says.
+        await eventually(lambda: said_once_or_more(room, expected))
+    else:
+        assert await room.replies(42) == expected
     assert bot.running
+
+
+async def said_once_or_more(room: Room, expected: list[str]) -> bool:
+    """Tell if the bot has said all that, in order, repetitions left out."""
+    return list(dict.fromkeys(await room.bodies())) == expected
 
 
 @pytest.mark.others
@@ -114,8 +123,8 @@ async def test_crash_while_one_room_hangs(
         for n in range(25, 30):
             await other.command(n)
             assert await other.replies(n + 1) == [str(m) for m in range(n + 1)]
+        await eventually(lambda: set(proxied_bot.unfinished) == {room.room_id})
         await proxied_bot.kill()
-    assert set(proxied_bot.unfinished) == {room.room_id}
     proxy.timeline_limit, before = None, len(proxy.requests)
     await proxied_bot.start()
     assert await room.replies(1) == ["hangs"]
