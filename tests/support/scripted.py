@@ -129,6 +129,9 @@ class Room:
         if self.server.manners.tells_membership:
             event["unsigned"]["membership"] = self.membership
         self.events.append((self.server.position, event))
+        for _, earlier in self.events:
+            if earlier["event_id"] == more.get("redacts"):
+                earlier["unsigned"] = {**earlier["unsigned"], "redacted_because": event}
         self.server.happened()
         return str(event["event_id"])
 
