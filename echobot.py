@@ -52,7 +52,7 @@ from nio import AsyncClient, RoomMessageText
 COMMAND = "!replybot"
 ENCRYPTED = "I can't read encrypted messages: invite me to a new room with encryption turned off."
 SYNC_TIMEOUT = 30_000  # ms that the homeserver holds a poll without news
-PATIENCE = 600  # s that a room may fail while syncs succeed, or reply_to take
+PATIENCE = 600  # s that a room may fail while syncs succeed, or reply_to may take
 NEVER = float("inf")
 BLOCKED = ["M_USER_LOCKED", "M_USER_SUSPENDED", "M_RESOURCE_LIMIT_EXCEEDED", "M_CONSENT_NOT_GIVEN"]
 HOST = r"([\w.-]+|\[[\w:.]+\])(:([0-5]?\d{1,4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5]))?"
@@ -140,8 +140,8 @@ def follow(client: "Client", since: str, rooms: JSON) -> None:
     behind, invited = client.behind, dict[str, str]()
     for room_id in filter(re.compile(r"!\S+").fullmatch, rooms):  # It could forge a line.
         events = part(rooms[room_id], "invite_state", "events", kind=list)
-        own = [event for event in events if part(event, "state_key") == client.user_id]
-        invited[room_id] = part(own[-1], "sender") if own else "?"  # The last is the true one.
+        own = [e for e in events if part(e, "state_key") == client.user_id]  # The last is true.
+        invited[room_id] = "".join(part(own[-1], "sender").split()) if own else "?"
         if client.invited.get(room_id) != invited[room_id]:
             behind[room_id] = f"{behind.get(room_id, since).partition(' ')[0]} {invited[room_id]}"
             client.room(room_id).begin_anew()
@@ -288,7 +288,7 @@ class Room:
 
     async def read_page(self, position: str, limit: int) -> tuple[JSON, str]:
         """Return events before a position, newest first, and the position before them."""
-        get, only = self.client.room_messages, {"limit": 1000}  # It is Dendrite's limit.
+        get, only = self.client.room_messages, {"limit": 1000}  # Dendrite heeds this one.
         request = partial(get, self.id, position, limit=limit, message_filter=only)
         page = await persist(request, f"reading {self.id}", self)
         return by_id(page, "chunk"), part(page, "end")
@@ -368,7 +368,7 @@ def failure_of(response: aiohttp.ClientResponse, content: Any) -> Failure:
     """Return what an answer that is no success says, in the homeserver's own words."""
     status, errcode, error = response.status, part(content, "errcode"), part(content, "error")
     failure = Failure(f"HTTP {status} {errcode} {error!r}" if errcode else f"HTTP {status}")
-    if status == 429 or (errcode and status < 500):  # A proxy's "no" has none, and may pass.
+    if status == 429 or errcode in BLOCKED or (errcode and status < 500):  # A proxy's has none.
         failure.status = 429 if errcode in BLOCKED else status
     seconds = max(0.0, min(part(content, "retry_after_ms", kind=int), 10**6)) / 1000
     told = response.headers.get("Retry-After", "")
@@ -555,6 +555,6 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--help"]:
         print(Path(__file__).read_text().split('"""')[1])  # __doc__ is None under -OO.
     elif sys.argv[1:]:
-        stop(2, "takes but --help; set environment variables")
+        stop(2, "takes no arguments but --help")
     else:
         asyncio.run(main())

@@ -261,7 +261,7 @@ async def test_what_comes_during_a_turn_is_not_read_back() -> None:
         assert not field.proxy.count(MESSAGES)
 
 
-# Makes of being cancelled, once, another error or a reply.
+# Makes of being cancelled, once, another error.
 STUBBORN = """
 asked = []
 async def reply_to(event: RoomMessageText) -> str | None:
@@ -271,9 +271,7 @@ async def reply_to(event: RoomMessageText) -> str | None:
         try:
             await asyncio.Event().wait()
         except BaseException as error:
-            if text == "raise":
-                raise ValueError(event.body) from error
-            return "cancelled"
+            raise ValueError(event.body) from error
     return text
 """
 
@@ -453,6 +451,19 @@ async def test_room_ids_cannot_forge_what_is_saved() -> None:
         assert "s999" not in field.bot.log
         room.command("third")
         await room.answers("first", "second", "third")
+
+
+async def test_inviters_cannot_forge_what_is_saved() -> None:
+    """An invitation by a user ID that has lines in it saves one line, and is followed."""
+    async with field_of(speed=20) as field:
+        await field.bot.run()
+        with field.proxy.inject(faults.silence, JOIN) as joining:
+            room = field.server.room("leave")
+            room.set_membership("invite", "@eve\n!victim s999:a.test")
+            await joining.happens()
+            await eventually(lambda: field.bot.unfinished)
+            assert set(field.bot.unfinished) == {room.room_id}
+        await eventually(lambda: room.membership == "join")
 
 
 @families
